@@ -1,0 +1,377 @@
+"""A private broker node: started, asked whether it really answers, stopped, and never left behind."""
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from api.operator.broker_files import LOOPBACK, Ports, definitions, local_configuration
+from api.operator.processes import Child, MissingToolError, enclosed, end_marked, marked
+from api.operator.secrets import account_password, private_directory, replace_private, secret
+from api.operator.sockets import answers_http, free_port, is_free, reachable, speaks_amqp
+from api.operator.userland import MINIMUM, Binaries
+from topology.access import ACCOUNTS, ADMIN
+
+CONFIGURATION = Path(__file__).resolve().parents[2] / "deploy" / "rabbitmq"
+_MARK = "RESTANTE_BROKER"  # environment variable by which the node's processes are found again: its directory
+_START_TIMEOUT = 60.0  # seconds; a start takes 4 on a small machine
+_STOP_TIMEOUT = 30.0  # seconds until a node that was asked to stop is killed
+_PROBE_TIMEOUT = 3.0  # seconds per step of a probe
+_LOG_LINES = 15  # of the broker's log, in the error when a start fails
+
+
+class NodeError(Exception):
+    """The node can't run; the message starts with one sentence that says why."""
+
+
+class BrokerNode:
+    """One RabbitMQ node of its own: ports, data, cookie, plugins and configuration, all under `<state_dir>/broker`.
+
+    Synchronous; asyncio callers use `asyncio.to_thread`. Use it as a context manager, or call `start` and `stop`. If
+    this process dies without stopping it, the kernel tells the node to stop; should even that fail, the next start
+    with the same state directory ends what is left.
+
+    The service accounts' passwords are in `<state_dir>/secrets/<account>`.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        certificate: Path,
+        key: Path,
+        authority: Path,
+        auth_url: str,
+        binaries: Binaries,
+        log: Callable[[str], None],
+        ports: Ports | None = None,
+        host: str = LOOPBACK,
+    ) -> None:
+        """Describe a node; nothing is touched before `start`.
+
+        Args:
+            state_dir: where its state is, kept private (0700).
+            certificate: PEM file with the certificate devices see; read at each start.
+            key: PEM file with its private key.
+            authority: PEM file with the certificate of the authority.
+            auth_url: the gateway's auth endpoint, such as `http://127.0.0.1:8081/broker/auth`.
+            binaries: from `userland.find_binaries`.
+            log: gets a line per step.
+            ports: those that are not 0 are used as they are; the others are chosen once and remembered.
+            host: the address the AMQPS listener binds to; everything else binds to loopback.
+        """
+        self._state_dir = state_dir.absolute()
+        self._home = self._state_dir / "broker"
+        self._sources = {"certificate.pem": certificate, "key.pem": key, "authority.pem": authority}
+        self._auth_url = auth_url
+        self._binaries = binaries
+        self._log = log
+        self._wanted = ports or Ports()
+        self._host = host
+        self._ports: Ports | None = None
+        self._lock: int | None = None
+        self._node: Child | None = None
+        self._epmd: Child | None = None
+        self._logged_before = 0
+
+    @property
+    def name(self) -> str:
+        """The Erlang node's name, one for each state directory."""
+        return f"restante-{sha256(os.fsencode(self._home)).hexdigest()[:12]}@localhost"
+
+    @property
+    def amqps_port(self) -> int:
+        """Where devices connect."""
+        return self._chosen.amqps
+
+    @property
+    def amqp_port(self) -> int:
+        """Where the fabric connects, on loopback."""
+        return self._chosen.amqp
+
+    @property
+    def management_port(self) -> int:
+        """The management API, on loopback."""
+        return self._chosen.management
+
+    @property
+    def prometheus_port(self) -> int:
+        """The broker's metrics, on loopback."""
+        return self._chosen.prometheus
+
+    @property
+    def ports(self) -> Ports:
+        """All ports, from the first start on."""
+        return self._chosen
+
+    @property
+    def pid(self) -> int | None:
+        """The Erlang machine's process, if it runs."""
+        return self._node.pid if self._node is not None and self._node.running else None
+
+    @property
+    def running(self) -> bool:
+        """Whether its process runs (it answers from the end of `start` on)."""
+        return self.pid is not None
+
+    def password(self, account: str) -> str:
+        """The password of one of `topology.access.ACCOUNTS`."""
+        return account_password(self._state_dir, account)
+
+    def start(self, timeout: float = _START_TIMEOUT) -> None:
+        """Start the node and return once it answers on all its listeners. Does nothing if it runs.
+
+        Raises:
+            NodeError: it can't be started, or didn't answer within `timeout` seconds; nothing of it is left then.
+        """
+        if self.running:
+            return
+        if self._binaries.version < MINIMUM:
+            raise NodeError(
+                f"RabbitMQ {'.'.join(map(str, self._binaries.version))} is too old,"
+                f" {'.'.join(map(str, MINIMUM))} or newer is needed."
+            )
+        try:
+            self._acquire()
+            self._end_leftovers()
+            self._ports = self._choose_ports()
+            self._write_files()
+            self._start_processes()
+            self._wait_until_it_answers(time.monotonic() + timeout)
+        except MissingToolError as error:
+            self.stop()
+            raise NodeError(str(error)) from error
+        except OSError as error:
+            self.stop()
+            raise NodeError(f"The broker's files in {self._home} can't be prepared: {error}.") from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop the node cleanly, or kill it after half a minute. Stopping twice is stopping once."""
+        if self._node is not None:
+            self._node.stop(signal.SIGTERM, _STOP_TIMEOUT)
+            self._node = None
+        if self._epmd is not None:
+            self._epmd.stop(signal.SIGTERM, 5.0)
+            self._epmd = None
+        if self._lock is not None:
+            end_marked(_MARK, str(self._home), 5.0)
+            (self._home / "node.pid").unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def kill9(self) -> None:
+        """End it as a power cut would, leaving the data; `start` brings it back on the same ports."""
+        if self._node is not None:
+            self._node.kill()
+            self._node = None
+
+    def restart(self, timeout: float = _START_TIMEOUT) -> None:
+        """Stop and start on the same ports and data."""
+        self.stop()
+        self.start(timeout)
+
+    def wipe(self) -> None:
+        """Delete its data: queues, messages, users. Ports and passwords stay.
+
+        Raises:
+            NodeError: it runs.
+        """
+        if self.running:
+            raise NodeError("The broker runs; stop it before its data is deleted.")
+        shutil.rmtree(self._home / "data", ignore_errors=True)
+
+    def log_tail(self, lines: int = _LOG_LINES) -> str:
+        """The first errors the node logged since its last start, else its last lines."""
+        own = _tail(self._home / "log" / f"{self.name}.log", self._logged_before)
+        errors = [text for text in (line.partition("[error]")[2].partition("> ")[2] for line in own) if text.strip()]
+        if errors:
+            return "\n".join(errors[:lines])  # the first one is the cause
+        return "\n".join((own or _tail(self._home / "log" / "console.log", 0))[-lines:])
+
+    def environment(self) -> dict[str, str]:
+        """The environment the node runs in, which RabbitMQ's command line tools need as well."""
+        ports, etc = self._chosen, self._home / "etc"
+        return {
+            _MARK: str(self._home),
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+            if self._binaries.root
+            else os.environ.get("PATH", "/usr/bin:/bin"),
+            "LANG": "C.UTF-8",
+            "HOME": str(self._home / "home"),
+            "ERL_EPMD_ADDRESS": LOOPBACK,
+            "ERL_EPMD_PORT": str(ports.epmd),
+            "ERL_CRASH_DUMP_BYTES": "0",  # a dump holds whatever was in memory, tokens too
+            "RABBITMQ_NODENAME": self.name,
+            "RABBITMQ_DIST_PORT": str(ports.distribution),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_CONFIG_FILES": f"{etc}/conf.d/*.conf",
+            "RABBITMQ_CONFIG_FILE": f"{etc}/none",  # not the machine's own in /etc/rabbitmq
+            "RABBITMQ_ADVANCED_CONFIG_FILE": f"{etc}/none.config",
+            "RABBITMQ_CONF_ENV_FILE": f"{etc}/none.sh",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{etc}/enabled_plugins",
+            "RABBITMQ_MNESIA_BASE": str(self._home / "data"),
+            "RABBITMQ_LOG_BASE": str(self._home / "log"),
+            "RABBITMQ_PID_FILE": str(self._home / "data" / "rabbitmq.pid"),
+            "RABBITMQ_MAX_OPEN_FILES": str(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+            # The script then becomes the Erlang machine instead of waiting for it: one process to signal.
+            "RUNNING_UNDER_SYSTEMD": "true",
+        }
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def _chosen(self) -> Ports:
+        if self._ports is None:
+            raise NodeError("The broker's ports are chosen when it is first started.")
+        return self._ports
+
+    def _acquire(self) -> None:
+        """Hold the state directory; the kernel lets go of it when this process dies."""
+        if self._lock is not None:
+            return
+        private_directory(self._state_dir)
+        private_directory(self._home)
+        lock = os.open(self._home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise NodeError(f"Another process runs the broker of {self._state_dir}; stop it first.") from error
+        self._lock = lock
+
+    def _end_leftovers(self) -> None:
+        """End what a killed runner left. We hold the lock, so nobody else's node is in this directory."""
+        ours = self._epmd.pid if self._epmd is not None else None
+        left = [pid for pid in marked(_MARK, str(self._home)) if pid != ours]
+        if left:
+            self._log(f"ending what an earlier run left (process {left[0]})")
+            if self._epmd is not None:
+                self._epmd.stop(signal.SIGTERM, 5.0)
+                self._epmd = None
+            end_marked(_MARK, str(self._home), _STOP_TIMEOUT)
+
+    def _choose_ports(self) -> Ports:
+        remembered = self._ports or self._remembered_ports()
+        used = {value for value in asdict(self._wanted).values() if value}
+        chosen: dict[str, int] = {}
+        for field in fields(Ports):
+            host = self._host if field.name == "amqps" else LOOPBACK
+            wanted, before = getattr(self._wanted, field.name), getattr(remembered, field.name)
+            if field.name == "epmd" and self._epmd is not None and self._epmd.running:
+                port = before
+            elif wanted:
+                if not is_free(host, wanted):
+                    raise NodeError(
+                        f"The {field.name} port {wanted} on {host} is taken or can't be used;"
+                        " end what listens there or choose another port."
+                    )
+                port = wanted
+            elif before and before not in used and is_free(host, before):
+                port = before
+            else:
+                port = free_port(host, besides=used)
+                if before:
+                    self._log(f"the {field.name} port {before} is taken: using {port}")
+            used.add(port)
+            chosen[field.name] = port
+        ports = Ports(**chosen)
+        replace_private(self._home / "ports.json", json.dumps(asdict(ports)).encode())
+        return ports
+
+    def _remembered_ports(self) -> Ports:
+        try:
+            stored = json.loads((self._home / "ports.json").read_text("ascii"))
+            known = {field.name: int(stored[field.name]) for field in fields(Ports) if field.name in stored}
+        except (FileNotFoundError, ValueError, TypeError):
+            return Ports()
+        return replace(Ports(), **known)
+
+    def _write_files(self) -> None:
+        for directory in ("etc", "etc/conf.d", "home", "data", "log", "tls"):
+            private_directory(self._home / directory)
+        for name, source in self._sources.items():
+            replace_private(self._home / "tls" / name, source.read_bytes())
+        secret(self._home / "home" / ".erlang.cookie")
+        etc = self._home / "etc"
+        replace_private(etc / "enabled_plugins", (CONFIGURATION / "enabled_plugins").read_bytes())
+        replace_private(etc / "conf.d" / "10-common.conf", (CONFIGURATION / "rabbitmq.conf").read_bytes())
+        users = definitions({account.name: self.password(account.name) for account in ACCOUNTS})
+        replace_private(etc / "definitions.json", users.encode())
+        local = local_configuration(
+            host=self._host,
+            ports=self._chosen,
+            certificate=self._home / "tls" / "certificate.pem",
+            key=self._home / "tls" / "key.pem",
+            authority=self._home / "tls" / "authority.pem",
+            definitions=etc / "definitions.json",
+            auth_url=self._auth_url,
+        )
+        replace_private(etc / "conf.d" / "20-local.conf", local.encode())
+
+    def _start_processes(self) -> None:
+        console = self._home / "log" / "console.log"
+        replace_private(console, b"")
+        log = self._home / "log" / f"{self.name}.log"
+        self._logged_before = log.stat().st_size if log.exists() else 0
+        if self._epmd is None or not self._epmd.running:
+            self._epmd = self._run([str(self._binaries.epmd)], console)
+        self._log(f"starting RabbitMQ {'.'.join(map(str, self._binaries.version))} as {self.name}")
+        self._node = self._run([str(self._binaries.server)], console)
+        replace_private(self._home / "node.pid", f"{self._node.pid}\n".encode())
+
+    def _run(self, argv: list[str], output: Path) -> Child:
+        if self._binaries.root is not None:
+            argv = enclosed(self._binaries.root, [self._home], argv)
+        return Child(argv, environment=self.environment(), output=output, death_signal=signal.SIGTERM)
+
+    def _wait_until_it_answers(self, deadline: float) -> None:
+        certificate = ssl.PEM_cert_to_DER_cert((self._home / "tls" / "certificate.pem").read_text("ascii"))
+        host, ports = reachable(self._host), self._chosen
+        password = self.password(ADMIN)
+        probes: dict[str, Callable[[], bool]] = {
+            "AMQP": lambda: speaks_amqp(LOOPBACK, ports.amqp, _PROBE_TIMEOUT),
+            "AMQPS": lambda: speaks_amqp(host, ports.amqps, _PROBE_TIMEOUT, certificate=certificate),
+            "management": lambda: answers_http(
+                LOOPBACK, ports.management, "/api/overview", _PROBE_TIMEOUT, user=ADMIN, password=password
+            ),
+        }
+        silent = list(probes)
+        while silent := [name for name in silent if not probes[name]()]:
+            if not self.running:
+                status = self._node.returncode if self._node is not None else None
+                raise NodeError(f"The broker ended while it started (status {status}).\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise NodeError(f"The broker did not answer in time ({', '.join(silent)}).\n{self.log_tail()}")
+            time.sleep(0.1)
+        self._log(f"the broker answers: AMQPS on {self._host}:{ports.amqps}")
+
+
+def _tail(path: Path, start: int) -> list[str]:
+    """The lines with text in the last 64 KiB of a log, from the offset `start` on."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(start if start <= size else 0, size - 65_536))  # shorter than before: it was rotated
+            return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return []
