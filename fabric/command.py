@@ -269,8 +269,10 @@ class ResponseDue:
 
 @dataclass(frozen=True, slots=True)
 class Republished:
-    """A next attempt is about to be published; `why` is the evidence."""
+    """The attempt after `attempt` is about to be published; `why` is the evidence. Moot when another
+    worker has made that next attempt already."""
 
+    attempt: int
     why: str
 
 
@@ -419,6 +421,9 @@ def step(command: Command, event: Event, now: Micros, *, jitter: float = 1.0) ->
     verdict = cell.verdict
     if verdict is Verdict.CONFLICT and isinstance(event, Answered) and _same_outcome(command.outcome, event):
         verdict = Verdict.NONE
+    if verdict is Verdict.RETRY and isinstance(event, NotConfirmed | Republished):
+        # What concerns an attempt that was overtaken asks for nothing more.
+        verdict = Verdict.RETRY if event.attempt == command.attempt and now < command.deadline else Verdict.NONE
     state = cell.to or command.state
     changed = state is not command.state
     after = _take_in(command, event, now, verdict, state, jitter)
@@ -456,7 +461,7 @@ def _take_in(command: Command, event: Event, now: Micros, verdict: Verdict, stat
         case Confirmed(attempt):
             # An older attempt's late confirm says nothing about the one now under way.
             return replace(command, publish_due=None) if attempt == command.attempt else command
-        case NotConfirmed(attempt) if verdict is Verdict.RETRY and attempt == command.attempt:
+        case NotConfirmed() if verdict is Verdict.RETRY:
             return replace(command, publish_due=_retry_at(command, now, jitter))
         case Returned(attempt):
             without = replace(command, copies=_without(command.copies, attempt))
@@ -471,7 +476,7 @@ def _take_in(command: Command, event: Event, now: Micros, verdict: Verdict, stat
         case Answered(agent, status, reason, content_type, body) if state in ANSWERED and command.state is not state:
             held = replace(command, holder=command.holder or agent)
             return replace(held, outcome=Outcome(status, reason, content_type, body))
-        case Republished() if verdict is Verdict.RETRY and now < command.deadline:
+        case Republished() if verdict is Verdict.RETRY:
             number = command.attempt + 1
             return replace(
                 command, attempt=number, copies=_with(command.copies, number), publish_due=now + PUBLISH_GRACE
@@ -562,7 +567,7 @@ def _detail(event: Event, verdict: Verdict) -> str | None:
             return verdict.value
         case Answered(_, status, reason) if verdict in (Verdict.CONFLICT, Verdict.VIOLATION):
             return f"{verdict.value}: {status.value}" + (f": {reason}" if reason else "")
-        case Republished(why):
+        case Republished(_, why):
             return why
         case _:
             return None

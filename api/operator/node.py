@@ -27,6 +27,7 @@ _MARK = "RESTANTE_BROKER"  # environment variable by which the node's processes 
 _START_TIMEOUT = 60.0  # seconds; a start takes 4 on a small machine
 _STOP_TIMEOUT = 30.0  # seconds until a node that was asked to stop is killed
 _PROBE_TIMEOUT = 3.0  # seconds per step of a probe
+_OPEN_FILES = 65_536  # the Erlang machine's limit of ports, which the broker's scripts set
 _LOG_LINES = 15  # of the broker's log, in the error when a start fails
 
 
@@ -142,8 +143,8 @@ class BrokerNode:
                 f" {'.'.join(map(str, MINIMUM))} or newer is needed."
             )
         try:
+            self._end_processes()  # a node that ended by itself
             self._acquire()
-            self._end_leftovers()
             self._ports = self._choose_ports()
             self._write_files()
             self._start_processes()
@@ -160,23 +161,15 @@ class BrokerNode:
 
     def stop(self) -> None:
         """Stop the node cleanly, or kill it after half a minute. Stopping twice is stopping once."""
-        if self._node is not None:
-            self._node.stop(signal.SIGTERM, _STOP_TIMEOUT)
-            self._node = None
-        if self._epmd is not None:
-            self._epmd.stop(signal.SIGTERM, 5.0)
-            self._epmd = None
-        if self._lock is not None:
-            end_marked(_MARK, str(self._home), 5.0)
-            (self._home / "node.pid").unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
+        self._end_processes()
+        self._release()
 
     def kill9(self) -> None:
         """End it as a power cut would, leaving the data; `start` brings it back on the same ports."""
-        if self._node is not None:
-            self._node.kill()
-            self._node = None
+        for child in (self._node, self._epmd):
+            if child is not None:
+                child.kill()
+        self._end_processes()
 
     def restart(self, timeout: float = _START_TIMEOUT) -> None:
         """Stop and start on the same ports and data."""
@@ -187,11 +180,16 @@ class BrokerNode:
         """Delete its data: queues, messages, users. Ports and passwords stay.
 
         Raises:
-            NodeError: it runs.
+            NodeError: it runs, here or in another process.
         """
         if self.running:
             raise NodeError("The broker runs; stop it before its data is deleted.")
-        shutil.rmtree(self._home / "data", ignore_errors=True)
+        self._acquire()
+        try:
+            if (self._home / "data").exists():
+                shutil.rmtree(self._home / "data")
+        finally:
+            self._release()
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:
         """The first errors the node logged since its last start, else its last lines."""
@@ -200,35 +198,6 @@ class BrokerNode:
         if errors:
             return "\n".join(errors[:lines])  # the first one is the cause
         return "\n".join((own or _tail(self._home / "log" / "console.log", 0))[-lines:])
-
-    def environment(self) -> dict[str, str]:
-        """The environment the node runs in, which RabbitMQ's command line tools need as well."""
-        ports, etc = self._chosen, self._home / "etc"
-        return {
-            _MARK: str(self._home),
-            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-            if self._binaries.root
-            else os.environ.get("PATH", "/usr/bin:/bin"),
-            "LANG": "C.UTF-8",
-            "HOME": str(self._home / "home"),
-            "ERL_EPMD_ADDRESS": LOOPBACK,
-            "ERL_EPMD_PORT": str(ports.epmd),
-            "ERL_CRASH_DUMP_BYTES": "0",  # a dump holds whatever was in memory, tokens too
-            "RABBITMQ_NODENAME": self.name,
-            "RABBITMQ_DIST_PORT": str(ports.distribution),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
-            "RABBITMQ_CONFIG_FILES": f"{etc}/conf.d/*.conf",
-            "RABBITMQ_CONFIG_FILE": f"{etc}/none",  # not the machine's own in /etc/rabbitmq
-            "RABBITMQ_ADVANCED_CONFIG_FILE": f"{etc}/none.config",
-            "RABBITMQ_CONF_ENV_FILE": f"{etc}/none.sh",
-            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{etc}/enabled_plugins",
-            "RABBITMQ_MNESIA_BASE": str(self._home / "data"),
-            "RABBITMQ_LOG_BASE": str(self._home / "log"),
-            "RABBITMQ_PID_FILE": str(self._home / "data" / "rabbitmq.pid"),
-            "RABBITMQ_MAX_OPEN_FILES": str(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
-            # The script then becomes the Erlang machine instead of waiting for it: one process to signal.
-            "RUNNING_UNDER_SYSTEMD": "true",
-        }
 
     def __enter__(self) -> Self:
         self.start()
@@ -246,29 +215,39 @@ class BrokerNode:
         return self._ports
 
     def _acquire(self) -> None:
-        """Hold the state directory; the kernel lets go of it when this process dies."""
-        if self._lock is not None:
-            return
-        private_directory(self._state_dir)
-        private_directory(self._home)
-        lock = os.open(self._home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise NodeError(f"Another process runs the broker of {self._state_dir}; stop it first.") from error
-        self._lock = lock
+        """Hold the state directory (the kernel lets go of it when this process dies) and end what is left in it.
 
-    def _end_leftovers(self) -> None:
-        """End what a killed runner left. We hold the lock, so nobody else's node is in this directory."""
-        ours = self._epmd.pid if self._epmd is not None else None
-        left = [pid for pid in marked(_MARK, str(self._home)) if pid != ours]
-        if left:
+        While we hold it nobody else's node can be in it, so what carries our mark was left by a killed runner.
+        """
+        if self._lock is None:
+            private_directory(self._state_dir)
+            private_directory(self._home)
+            lock = os.open(self._home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(lock)
+                raise NodeError(f"Another process runs the broker of {self._state_dir}; stop it first.") from error
+            self._lock = lock
+        if left := marked(_MARK, str(self._home)):
             self._log(f"ending what an earlier run left (process {left[0]})")
-            if self._epmd is not None:
-                self._epmd.stop(signal.SIGTERM, 5.0)
-                self._epmd = None
             end_marked(_MARK, str(self._home), _STOP_TIMEOUT)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _end_processes(self) -> None:
+        """End the node, then its port mapper, then whatever they started and did not end."""
+        if self._node is not None:
+            self._node.stop(signal.SIGTERM, _STOP_TIMEOUT)
+            self._node = None
+        if self._epmd is not None:
+            self._epmd.stop(signal.SIGTERM, 5.0)
+            self._epmd = None
+        if self._lock is not None:
+            end_marked(_MARK, str(self._home), 5.0)
 
     def _choose_ports(self) -> Ports:
         remembered = self._ports or self._remembered_ports()
@@ -277,9 +256,7 @@ class BrokerNode:
         for field in fields(Ports):
             host = self._host if field.name == "amqps" else LOOPBACK
             wanted, before = getattr(self._wanted, field.name), getattr(remembered, field.name)
-            if field.name == "epmd" and self._epmd is not None and self._epmd.running:
-                port = before
-            elif wanted:
+            if wanted:
                 if not is_free(host, wanted):
                     raise NodeError(
                         f"The {field.name} port {wanted} on {host} is taken or can't be used;"
@@ -315,6 +292,8 @@ class BrokerNode:
         etc = self._home / "etc"
         replace_private(etc / "enabled_plugins", (CONFIGURATION / "enabled_plugins").read_bytes())
         replace_private(etc / "conf.d" / "10-common.conf", (CONFIGURATION / "rabbitmq.conf").read_bytes())
+        # The node's name ends in @localhost, which a minimal userland may not resolve.
+        replace_private(etc / "inetrc", b'{host, {127,0,0,1}, ["localhost"]}.\n{lookup, [file, native]}.\n')
         users = definitions({account.name: self.password(account.name) for account in ACCOUNTS})
         replace_private(etc / "definitions.json", users.encode())
         local = local_configuration(
@@ -333,37 +312,74 @@ class BrokerNode:
         replace_private(console, b"")
         log = self._home / "log" / f"{self.name}.log"
         self._logged_before = log.stat().st_size if log.exists() else 0
-        if self._epmd is None or not self._epmd.running:
-            self._epmd = self._run([str(self._binaries.epmd)], console)
+        self._epmd = self._run([str(self._binaries.epmd)], console)
         self._log(f"starting RabbitMQ {'.'.join(map(str, self._binaries.version))} as {self.name}")
         self._node = self._run([str(self._binaries.server)], console)
-        replace_private(self._home / "node.pid", f"{self._node.pid}\n".encode())
+
+    def _environment(self) -> dict[str, str]:
+        """The whole environment of the node's processes: nothing of ours is handed on but PATH."""
+        ports, etc = self._chosen, self._home / "etc"
+        return {
+            _MARK: str(self._home),
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+            if self._binaries.root
+            else os.environ.get("PATH", "/usr/bin:/bin"),
+            "LANG": "C.UTF-8",
+            "HOME": str(self._home / "home"),
+            "ERL_EPMD_ADDRESS": LOOPBACK,
+            "ERL_EPMD_PORT": str(ports.epmd),
+            "ERL_INETRC": f"{etc}/inetrc",
+            "ERL_CRASH_DUMP_BYTES": "0",  # a dump holds whatever was in memory, tokens too
+            "RABBITMQ_NODENAME": self.name,
+            "RABBITMQ_DIST_PORT": str(ports.distribution),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_CONFIG_FILES": f"{etc}/conf.d/*.conf",
+            "RABBITMQ_CONFIG_FILE": f"{etc}/none",  # not the machine's own in /etc/rabbitmq
+            "RABBITMQ_ADVANCED_CONFIG_FILE": f"{etc}/none.config",
+            "RABBITMQ_CONF_ENV_FILE": f"{etc}/none.sh",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{etc}/enabled_plugins",
+            "RABBITMQ_MNESIA_BASE": str(self._home / "data"),
+            "RABBITMQ_LOG_BASE": str(self._home / "log"),
+            "RABBITMQ_PID_FILE": str(self._home / "data" / "rabbitmq.pid"),
+            "RABBITMQ_MAX_OPEN_FILES": str(_open_files()),
+            # The script then becomes the Erlang machine instead of waiting for it: one process to signal.
+            "RUNNING_UNDER_SYSTEMD": "true",
+        }
 
     def _run(self, argv: list[str], output: Path) -> Child:
         if self._binaries.root is not None:
             argv = enclosed(self._binaries.root, [self._home], argv)
-        return Child(argv, environment=self.environment(), output=output, death_signal=signal.SIGTERM)
+        return Child(argv, environment=self._environment(), output=output, death_signal=signal.SIGTERM)
 
     def _wait_until_it_answers(self, deadline: float) -> None:
         certificate = ssl.PEM_cert_to_DER_cert((self._home / "tls" / "certificate.pem").read_text("ascii"))
         host, ports = reachable(self._host), self._chosen
         password = self.password(ADMIN)
-        probes: dict[str, Callable[[], bool]] = {
-            "AMQP": lambda: speaks_amqp(LOOPBACK, ports.amqp, _PROBE_TIMEOUT),
-            "AMQPS": lambda: speaks_amqp(host, ports.amqps, _PROBE_TIMEOUT, certificate=certificate),
-            "management": lambda: answers_http(
-                LOOPBACK, ports.management, "/api/overview", _PROBE_TIMEOUT, user=ADMIN, password=password
+        probes: tuple[tuple[str, Callable[[], bool]], ...] = (
+            ("AMQP listener", lambda: speaks_amqp(LOOPBACK, ports.amqp, _PROBE_TIMEOUT)),
+            ("AMQPS listener", lambda: speaks_amqp(host, ports.amqps, _PROBE_TIMEOUT, certificate=certificate)),
+            (
+                "management API",
+                lambda: answers_http(
+                    LOOPBACK, ports.management, "/api/whoami", _PROBE_TIMEOUT, user=ADMIN, password=password
+                ),
             ),
-        }
-        silent = list(probes)
-        while silent := [name for name in silent if not probes[name]()]:
-            if not self.running:
-                status = self._node.returncode if self._node is not None else None
-                raise NodeError(f"The broker ended while it started (status {status}).\n{self.log_tail()}")
-            if time.monotonic() > deadline:
-                raise NodeError(f"The broker did not answer in time ({', '.join(silent)}).\n{self.log_tail()}")
-            time.sleep(0.1)
+        )
+        for what, answers in probes:
+            while not answers():
+                if not self.running:
+                    status = self._node.returncode if self._node is not None else None
+                    raise NodeError(f"The broker ended while it started (status {status}).\n{self.log_tail()}")
+                if time.monotonic() > deadline:
+                    raise NodeError(f"The broker's {what} did not answer in time.\n{self.log_tail()}")
+                time.sleep(0.05)
         self._log(f"the broker answers: AMQPS on {self._host}:{ports.amqps}")
+
+
+def _open_files() -> int:
+    """As many as we may have, within what the broker makes use of."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
 
 
 def _tail(path: Path, start: int) -> list[str]:

@@ -5,12 +5,15 @@ import http.client
 import random
 import socket
 import ssl
+import struct
 from base64 import b64encode
 
 # Below the range the kernel gives to outgoing connections (from 32768 on): a port that was free stays free.
 _RANGE = range(20_000, 32_000)
 _PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"  # AMQP 0-9-1, specification section 4.2.2
-_CONNECTION_START = b"\x00\x0a\x00\x0a"  # class and method of the broker's first frame
+_METHOD_FRAME = 1
+_CONNECTION_START = (10, 10)  # class and method of the broker's first frame
+_FRAME_START = struct.Struct(">BHIHH")  # type, channel, size; class, method
 
 
 def is_free(host: str, port: int) -> bool:
@@ -64,9 +67,11 @@ def speaks_amqp(host: str, port: int, timeout: float, *, certificate: bytes | No
                 return False
         link.sendall(_PROTOCOL_HEADER)
         greeting = b""
-        while len(greeting) < 11 and (more := link.recv(4096)):
+        while len(greeting) < _FRAME_START.size and (more := link.recv(4096)):
             greeting += more
-        return greeting[:1] == b"\x01" and greeting[7:11] == _CONNECTION_START
+        if len(greeting) >= _FRAME_START.size:
+            kind, _, _, *method = _FRAME_START.unpack_from(greeting)
+            return kind == _METHOD_FRAME and tuple(method) == _CONNECTION_START
     return False
 
 

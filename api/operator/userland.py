@@ -96,8 +96,7 @@ def inspect(server: Path, *, root: Path | None = None) -> Binaries | None:
         version = _version(script.parent.parent / "plugins") if script.is_file() else None
         epmd = _epmd(base)
         if version is not None and epmd is not None:
-            inside = (lambda path: Path("/") / path.relative_to(base)) if root else (lambda path: path)
-            return Binaries(version, inside(script), inside(epmd), root)
+            return Binaries(version, _inside(script, root), _inside(epmd, root), root)
     return None
 
 
@@ -112,10 +111,10 @@ def prepare_userland(*, log: Log, cache: Path | None = None, suite: str = SUITE)
     directory = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "restante"
     recipe = hashlib.sha256("\n".join((suite, *PACKAGES, str(_RECIPE))).encode()).hexdigest()[:8]
     userland = directory.absolute() / f"userland-{suite}-{recipe}"
+    if os.geteuid() != 0:  # running something in it takes root as well
+        raise UserlandError(f"RabbitMQ {_text(MINIMUM)} or newer was not found and this is not root: {_REMEDY}.")
     if userland.is_dir():
         return userland
-    if os.geteuid() != 0:
-        raise UserlandError(f"RabbitMQ {_text(MINIMUM)} or newer was not found and this is not root: {_REMEDY}.")
     private_directory(directory)
     with _locked(userland.with_suffix(".lock"), log):
         if not userland.is_dir():
@@ -137,6 +136,10 @@ def _configured(path: Path) -> Binaries:
 
 def _text(version: Version) -> str:
     return ".".join(map(str, version))
+
+
+def _inside(path: Path, root: Path | None) -> Path:
+    return path if root is None else Path("/") / path.relative_to(root)
 
 
 def _resolve(path: Path, base: Path) -> Path:
@@ -198,9 +201,6 @@ def _make(userland: Path, suite: str, log: Log) -> None:
     ]
     try:
         _run(command, log)
-        hosts = part / "etc/hosts"
-        if not hosts.exists():  # the node's name ends in @localhost
-            hosts.write_text("127.0.0.1 localhost\n::1 localhost\n", "ascii")
         part.rename(userland)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -220,7 +220,11 @@ def _debootstrap(log: Log) -> str:
     log("installing debootstrap")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     _run([apt, "update", "-qq"], log, environment)
-    _run([apt, "install", "-y", "-qq", "--no-install-recommends", "debootstrap", "debian-archive-keyring"], log, environment)
+    _run(
+        [apt, "install", "-y", "-qq", "--no-install-recommends", "debootstrap", "debian-archive-keyring"],
+        log,
+        environment,
+    )
     try:
         return tool("debootstrap", "debootstrap")
     except MissingToolError as error:

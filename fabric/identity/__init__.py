@@ -1,0 +1,1 @@
+"""Who is it? Device tokens, issued tokens, the login decision, enrollment."""

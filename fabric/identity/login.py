@@ -1,0 +1,85 @@
+"""The one login decision: may this device open a connection with this token, now?
+
+Existence, enabled, key and token are decided here and nowhere else; what the connection may then touch is
+`topology.access`. The decision is taken under the device's row lock, so that a revocation either sees the
+login or forbids it.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from fabric.clock import Clock
+from fabric.errors import Invalid, Unauthenticated
+from fabric.identity import tokens
+from fabric.identity.tokens import Claims, Unverified
+from fabric.ports import Registry
+from topology import enrollment, names
+from topology.names import DeviceId
+
+log = logging.getLogger(__name__)
+
+FIRST_USE_LIFE = 15_000_000  # µs: the broker asks twice for one login, and retries at most so long
+
+
+@dataclass(frozen=True, slots=True)
+class Audiences:
+    mq: str
+    api: str
+
+
+class DeviceLogins:
+    """Verifies device tokens, for the broker (`login`) and for HTTP (`bearer`)."""
+
+    def __init__(self, registry: Registry, clock: Clock, audiences: Audiences) -> None:
+        self._registry, self._clock, self._audiences = registry, clock, audiences
+
+    async def login(self, username: str, password: str) -> Claims:
+        """Allow an AMQP login.
+
+        Raises:
+            Unauthenticated: denied; the text is for the log, never for the one who asked.
+            Temporary: the registry is away; to be answered as a denial.
+        """
+        if not names.is_device(username):
+            raise Unauthenticated("the user name is no device id")
+        device = DeviceId(username)
+        claims = await self._verify(device, password, self._audiences.mq, enrollment.AMQP_TOKEN_LIFE)
+        now = self._clock.now()
+        expires = (claims.exp + enrollment.CLOCK_LEEWAY) * 1_000_000
+        found = await self._registry.login(device, claims.kid, claims.jti, now, expires)
+        if found is None or found.key is None:
+            raise Unauthenticated("the device or its key is gone")
+        if not found.device.enabled:
+            raise Unauthenticated("the device is suspended")
+        if now - found.first_use > FIRST_USE_LIFE:
+            raise Unauthenticated("the token was used before; each connection needs one of its own")
+        return claims
+
+    async def bearer(self, token: Unverified) -> Claims:
+        """Verify a device's token for HTTP. Raises `Unauthenticated`."""
+        if not names.is_device(token.iss):
+            raise Unauthenticated("no verifier for the token's issuer")
+        device = DeviceId(token.iss)
+        claims = await self._check(device, token, self._audiences.api, enrollment.HTTP_TOKEN_LIFE)
+        found = await self._registry.device(device)
+        if found is None or not found.enabled:
+            raise Unauthenticated("the device is suspended or gone")
+        return claims
+
+    async def _verify(self, device: DeviceId, password: str, audience: str, longest: int) -> Claims:
+        return await self._check(device, tokens.examine(password), audience, longest)
+
+    async def _check(self, device: DeviceId, token: Unverified, audience: str, longest: int) -> Claims:
+        if token.typ != enrollment.DEVICE_TOKEN_TYPE:
+            raise Unauthenticated("the token is not a device token")
+        if not token.iss == token.sub == device:
+            raise Unauthenticated("the token is not the device's own")
+        for key in await self._registry.keys(device):
+            if key.kid == token.kid:
+                break
+        else:
+            raise Unauthenticated("the device has no such key")
+        try:
+            return tokens.verify(token, key.jwk, audience, longest, self._clock.now() // 1_000_000)
+        except Invalid as error:
+            raise Unauthenticated(f"the registered key is unusable: {error}") from error

@@ -1,0 +1,117 @@
+"""Receipts, outcomes and dead letters: what devices and the broker say became of commands."""
+
+import logging
+from collections.abc import Callable
+
+from fabric import command as life
+from fabric.model import Change, Changed, Dropped
+from fabric.ports import Delivery, Ledger, Publisher
+from fabric.uplink import Inbox
+from fabric.waiting import announce
+from topology import guard, names, wire
+from topology.names import CommandId, DeviceId
+
+log = logging.getLogger(__name__)
+
+_STATUS = {
+    "succeeded": life.State.SUCCEEDED,
+    "failed": life.State.FAILED,
+    "rejected": life.State.REJECTED,
+}
+
+
+class Recorder:
+    """Writes what happened to commands into the ledger and wakes those who wait for them."""
+
+    def __init__(self, ledger: Ledger, publisher: Publisher) -> None:
+        self._ledger, self._publisher = ledger, publisher
+
+    async def record(self, *changes: Change) -> list[Changed | Dropped]:
+        """Apply the changes, in order; announces every command that they settled."""
+        results = []
+        for change, result in zip(changes, await self._ledger.write(*changes), strict=True):
+            if isinstance(result, Dropped):
+                log.warning("report.dropped command=%s device=%s reason=%s", change.command, change.device, result.reason)
+            elif isinstance(result, Changed):
+                await self._follow_up(result.step)
+            else:
+                continue
+            results.append(result)
+        return results
+
+    async def _follow_up(self, step: life.Step) -> None:
+        if step.verdict in (life.Verdict.CONFLICT, life.Verdict.VIOLATION, life.Verdict.ILLEGAL):
+            log.warning(
+                "command.%s command=%s device=%s state=%s input=%r",
+                step.verdict.name.lower(), step.command.id, step.command.device, step.command.state, step.given.value,
+            )  # fmt: skip
+        if step.settled:
+            await announce(self._publisher, step.command)
+
+
+class Reports:
+    """Consumer of `reports`. A message is acked after what it says is committed."""
+
+    def __init__(self, inbox: Inbox, recorder: Recorder, handled: Callable[[], None]) -> None:
+        self._inbox, self._recorder, self._handled = inbox, recorder, handled
+
+    async def on_delivery(self, delivery: Delivery) -> None:
+        try:
+            change = await self._change(delivery)
+            if change is not None:
+                await self._recorder.record(change)
+            await delivery.ack()
+        finally:
+            self._handled()
+
+    async def _change(self, delivery: Delivery) -> Change | None:
+        letter = await self._inbox.open(delivery)
+        if letter is None:
+            return None
+        if letter.kind == "receipt":
+            receipt = await self._inbox.read(delivery, wire.decode_receipt)
+            if receipt is None:
+                return None
+            receipted = life.Receipted(receipt.agent, receipt.state == "running", receipt.progress)
+            return Change(receipt.command, receipted, letter.device)
+        outcome = await self._inbox.read(delivery, wire.decode_outcome)
+        if outcome is None:
+            return None
+        answered = life.Answered(
+            outcome.agent, _STATUS[outcome.status], outcome.reason, outcome.content_type, outcome.body
+        )
+        return Change(outcome.command, answered, letter.device)
+
+
+class DeadLetters:
+    """Consumer of `returned`: mail that expired, found its mailbox full, or was rejected.
+
+    The device is the owner of the mailbox in which it died; the broker says so in `x-death`.
+    """
+
+    def __init__(self, inbox: Inbox, recorder: Recorder, clock_open: Callable[[], bool]) -> None:
+        self._inbox, self._recorder, self._clock_open = inbox, recorder, clock_open
+
+    async def on_delivery(self, delivery: Delivery) -> None:
+        change = self._change(delivery.message)
+        if change is not None:
+            await self._recorder.record(change)
+        elif delivery.message.type != "notification":
+            await self._inbox.set_aside(delivery, "a dead letter that is no command of ours")
+        await delivery.ack()
+
+    def _change(self, message: wire.Message) -> Change | None:
+        device = _died_in(message)
+        reason = message.headers.get("x-first-death-reason")
+        attempt = message.headers.get("attempt")
+        id = message.message_id
+        if message.type == guard.UNDECODABLE or message.type != "command" or device is None:
+            return None
+        if not isinstance(reason, str) or not isinstance(attempt, int) or id is None or not names.is_command_id(id):
+            return None
+        return Change(CommandId(id), life.DeadLettered(attempt, reason, self._clock_open()), device)
+
+
+def _died_in(message: wire.Message) -> DeviceId | None:
+    queue = message.headers.get("x-first-death-queue")
+    return names.mailbox_owner(queue) if isinstance(queue, str) else None
