@@ -105,9 +105,13 @@ def _checked(name: str, value: object, default: object) -> object:
         return Path(str(value))
     if not isinstance(value, str):
         raise BadSettings(f"'{name}' is a text")
-    schemes: dict[str, tuple[str, ...]] = {"amqps_url": ("amqps://",), "api_url": ("https://", "http://"), "management_url": ("http://", "https://")}
+    schemes: dict[str, tuple[str, ...]] = {
+        "amqps_url": ("amqps://",),
+        "api_url": ("https://", "http://"),
+        "management_url": ("http://", "https://"),
+    }
     if name in schemes and not value.startswith(schemes[name]):
-        raise BadSettings(f"'{name}' starts with {" or ".join(schemes[name])}, unlike {value!r}")
+        raise BadSettings(f"'{name}' starts with {' or '.join(schemes[name])}, unlike {value!r}")
     if name == "log_level" and value not in ("debug", "info", "warning", "error"):
         raise BadSettings("'log_level' is one of debug, info, warning, error")
     return value

@@ -9,25 +9,25 @@ FIELD_LIMIT = 300  # characters of a field, after which it is cut
 logger = logging.getLogger("restante.agent")
 
 
-def event(level: int, name: str, **fields: object) -> None:
+def event(level: int, name: str, /, **fields: object) -> None:
     """Log `name key=value …`; values are numbers, or text that is capped and escaped."""
     if logger.isEnabledFor(level):
         logger.log(level, "%s", line(name, fields))
 
 
-def debug(name: str, **fields: object) -> None:
+def debug(name: str, /, **fields: object) -> None:
     event(logging.DEBUG, name, **fields)
 
 
-def info(name: str, **fields: object) -> None:
+def info(name: str, /, **fields: object) -> None:
     event(logging.INFO, name, **fields)
 
 
-def warning(name: str, **fields: object) -> None:
+def warning(name: str, /, **fields: object) -> None:
     event(logging.WARNING, name, **fields)
 
 
-def error(name: str, **fields: object) -> None:
+def error(name: str, /, **fields: object) -> None:
     event(logging.ERROR, name, **fields)
 
 

@@ -168,15 +168,10 @@ _ROWS: Final[dict[Input, tuple[Cell, ...]]] = {
         + (_late(State.REJECTED),)
     ),
     Input.REJECTED_BY_OTHER: (
-        (_ILLEGAL,) * 2
-        + (_to(State.REJECTED), _to(State.REJECTED, Verdict.VIOLATION), _CONFLICT)
-        + (_KEEP,) * 4
+        (_ILLEGAL,) * 2 + (_to(State.REJECTED), _to(State.REJECTED, Verdict.VIOLATION), _CONFLICT) + (_KEEP,) * 4
     ),
     Input.CANCEL: (
-        (_to(State.CANCELLED),) * 2
-        + (_TOO_LATE,) * 4
-        + (Cell(verdict=Verdict.DONE_BEFORE),)
-        + (_TOO_LATE,) * 2
+        (_to(State.CANCELLED),) * 2 + (_TOO_LATE,) * 4 + (Cell(verdict=Verdict.DONE_BEFORE),) + (_TOO_LATE,) * 2
     ),
     Input.DEADLINE: (_to(State.EXPIRED),) * 2 + (_KEEP,) * 7,
     Input.RESPONSE_DUE: (_ILLEGAL,) * 2 + (_to(State.UNANSWERED),) * 2 + (_KEEP,) * 5,

@@ -38,9 +38,7 @@ class Postman:
     async def _attempt(self, command: Command) -> life.Event:
         message = wire.encode_command(to_wire(command), self._clock.now_ms())
         try:
-            await self._publisher.publish(
-                names.MAIL, command.device, message, mandatory=True, timeout=CONFIRM_TIMEOUT
-            )
+            await self._publisher.publish(names.MAIL, command.device, message, mandatory=True, timeout=CONFIRM_TIMEOUT)
         except NoMailbox:
             await self._make_mailbox(command)
             return life.Returned(command.attempt)
@@ -51,9 +49,7 @@ class Postman:
     async def _make_mailbox(self, command: Command) -> None:
         """Declare the mailbox that was missing, so that the next attempt finds it."""
         try:
-            await self._publisher.declare(
-                layout.mailbox(command.device), [layout.mailbox_binding(command.device)]
-            )
+            await self._publisher.declare(layout.mailbox(command.device), [layout.mailbox_binding(command.device)])
         except Temporary as error:
             log.warning("mailbox.undeclared device=%s error=%s", command.device, error)
 

@@ -193,8 +193,8 @@ class Registry(Protocol):
 
     async def revoke_token(self, jti: str, now: Micros) -> IssuedToken | None: ...
 
-    async def closures(self, limit: int) -> list[tuple[int, DeviceId, bool]]:
-        """Connections to close, oldest first: (id, device, also delete its mailbox)."""
+    async def closures(self, limit: int) -> list[tuple[int, DeviceId]]:
+        """Devices whose connections are to be closed, oldest first, each with the closure's id."""
         ...
 
     async def closed(self, ids: Sequence[int]) -> None: ...

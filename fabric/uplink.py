@@ -70,6 +70,11 @@ class Inbox:
         device = parsed[1] if parsed else None
         log.warning("uplink.quarantined queue=%s device=%s reason=%r", self._queue, device, reason[:200])
         row = QuarantineRow(
-            self._clock.now(), self._queue, device, delivery.routing_key[:255], reason[:200], delivery.message.body[:_KEPT]
+            self._clock.now(),
+            self._queue,
+            device,
+            delivery.routing_key[:255],
+            reason[:200],
+            delivery.message.body[:_KEPT],
         )
         await self._ledger.quarantine([row])

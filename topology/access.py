@@ -33,7 +33,7 @@ ACCOUNTS = (
         GATEWAY,
         (),
         configure=r"^(mailbox\..*|wake\..*)$",
-        write=r"^(mail|notices|uplink|wake\..*|mailbox\..*)$",
+        write=r"^(mail|notices|uplink|wake|wake\..*|mailbox\..*)$",
         read=r"^(mail|notices|wake|wake\..*|mailbox\..*|telemetry|events)$",
     ),
     # The broker's administrator: connections, policies. Used over the management API by the worker

@@ -7,6 +7,7 @@ It both proves the right to enroll and pins the authority, so there is no way to
 import base64
 import binascii
 import hashlib
+import json
 from dataclasses import dataclass
 
 CODE_BYTES = 16
@@ -83,9 +84,15 @@ def api_audience(fabric: str) -> str:
     return f"{fabric}/api"
 
 
+def issuer(fabric: str) -> str:
+    """The `iss` of tokens that the fabric signs; its colons keep it apart from every device id."""
+    return f"urn:restante:{fabric}"
+
+
 def thumbprint(jwk: dict[str, str]) -> str:
     """RFC 7638 thumbprint of a P-256 public key given as JWK members `crv`, `kty`, `x`, `y`."""
-    canonical = '{"crv":"%s","kty":"%s","x":"%s","y":"%s"}' % tuple(jwk[name] for name in ("crv", "kty", "x", "y"))
+    members = {name: jwk[name] for name in ("crv", "kty", "x", "y")}  # in the order of the RFC
+    canonical = json.dumps(members, separators=(",", ":"))
     return base64.urlsafe_b64encode(hashlib.sha256(canonical.encode()).digest()).rstrip(b"=").decode()
 
 

@@ -21,7 +21,22 @@ LATEST_TIMESTAMP = 253_402_300_799  # s: the end of 9999, where Python's datetim
 _SHORT, _TABLE, _OCTET, _TIME = range(4)
 
 # The fourteen basic properties in wire order; the first has the highest bit of the flags.
-_PROPERTIES = (_SHORT, _SHORT, _TABLE, _OCTET, _OCTET, _SHORT, _SHORT, _SHORT, _SHORT, _TIME, _SHORT, _SHORT, _SHORT, _SHORT)
+_PROPERTIES = (
+    _SHORT,
+    _SHORT,
+    _TABLE,
+    _OCTET,
+    _OCTET,
+    _SHORT,
+    _SHORT,
+    _SHORT,
+    _SHORT,
+    _TIME,
+    _SHORT,
+    _SHORT,
+    _SHORT,
+    _SHORT,
+)
 
 _FIXED_SIZES = {
     ord("t"): 1, ord("b"): 1, ord("B"): 1, ord("s"): 2, ord("u"): 2, ord("I"): 4, ord("i"): 4,

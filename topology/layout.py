@@ -5,7 +5,7 @@ these values are the whole truth. RabbitMQ's names are used for arguments and po
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from topology import names
@@ -120,9 +120,12 @@ MAILBOX_POLICY = Policy(
 POLICIES = (MAILBOX_POLICY,)
 
 
+MAILBOX = Queue("", {"x-queue-type": "classic", "x-single-active-consumer": True})
+"""Of every device: the limits come from the policy, which can change later; arguments can't."""
+
+
 def mailbox(device_id: names.DeviceId) -> Queue:
-    """A device's mailbox: limits come from the policy, which can change later; arguments cannot."""
-    return Queue(names.mailbox(device_id), {"x-queue-type": "classic", "x-single-active-consumer": True})
+    return replace(MAILBOX, name=names.mailbox(device_id))
 
 
 def mailbox_binding(device_id: names.DeviceId) -> Binding:

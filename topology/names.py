@@ -62,7 +62,9 @@ def device(text: str) -> DeviceId:
         NameRefused: it is not 1 to 63 characters of `a-z 0-9 _ -`, the first a letter or a digit.
     """
     if not is_device(text):
-        raise NameRefused("a device id is 1 to 63 characters of a-z, 0-9, '_' and '-', and starts with a letter or digit")
+        raise NameRefused(
+            "a device id is 1 to 63 characters of a-z, 0-9, '_' and '-', and starts with a letter or digit"
+        )
     return DeviceId(text)
 
 

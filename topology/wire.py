@@ -23,7 +23,9 @@ MAX_CLAIMS = 50  # command ids in one claim
 MAX_CONTENT_TYPE = 127  # characters
 MAX_ISSUER = 200  # characters
 
-_CONTENT_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+(?:; ?[A-Za-z0-9!#$&^_.+-]+=[A-Za-z0-9!#$&^_.+-]+)*", re.ASCII)
+_CONTENT_TYPE = re.compile(
+    r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+(?:; ?[A-Za-z0-9!#$&^_.+-]+=[A-Za-z0-9!#$&^_.+-]+)*", re.ASCII
+)
 _AGENT = re.compile(r"[A-Za-z0-9_-]{8,64}", re.ASCII)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
@@ -376,9 +378,7 @@ def encode_reading(reading: Reading, user_id: str) -> Message:
         headers["seq"] = reading.seq
     if reading.traceparent:
         headers["traceparent"] = reading.traceparent
-    return Message(
-        "telemetry", headers, reading.body, reading.content_type, message_id=reading.id, user_id=user_id
-    )
+    return Message("telemetry", headers, reading.body, reading.content_type, message_id=reading.id, user_id=user_id)
 
 
 def decode_reading(message: Message) -> Reading:

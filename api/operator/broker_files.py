@@ -39,18 +39,21 @@ def local_configuration(
     """The second configuration file, read after `deploy/rabbitmq/rabbitmq.conf`.
 
     Args:
-        host: the address the AMQPS listener binds to.
+        host: the address the AMQPS listener binds to, IPv6 without brackets.
         ports: all chosen.
         certificate: PEM file.
         key: PEM file.
         authority: PEM file.
         definitions: JSON file, imported at each boot.
         auth_url: what `/user`, `/vhost`, `/resource` and `/topic` are appended to.
+
+    Raises:
+        ValueError: a value holds a line break or a comment sign, and would not be read as one value.
     """
     auth = auth_url.rstrip("/")
     options = {
         "listeners.tcp.fabric": f"{LOOPBACK}:{ports.amqp}",
-        "listeners.ssl.devices": f"[{host}]:{ports.amqps}" if ":" in host else f"{host}:{ports.amqps}",
+        "listeners.ssl.devices": f"{host}:{ports.amqps}",
         "ssl_options.certfile": certificate,
         "ssl_options.keyfile": key,
         "ssl_options.cacertfile": authority,
@@ -65,6 +68,9 @@ def local_configuration(
         "auth_http.topic_path": f"{auth}/topic",
         "log.console": "false",
     }
+    for name, value in options.items():
+        if not str(value).isprintable() or "#" in str(value):
+            raise ValueError(f"{name} holds what a configuration file can't: {value!r}")
     return "".join(f"{name} = {value}\n" for name, value in options.items())
 
 

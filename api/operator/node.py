@@ -152,7 +152,7 @@ class BrokerNode:
         except MissingToolError as error:
             self.stop()
             raise NodeError(str(error)) from error
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.stop()
             raise NodeError(f"The broker's files in {self._home} can't be prepared: {error}.") from error
         except BaseException:
@@ -193,11 +193,11 @@ class BrokerNode:
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:
         """The first errors the node logged since its last start, else its last lines."""
-        own = _tail(self._home / "log" / f"{self.name}.log", self._logged_before)
-        errors = [text for text in (line.partition("[error]")[2].partition("> ")[2] for line in own) if text.strip()]
-        if errors:
-            return "\n".join(errors[:lines])  # the first one is the cause
-        return "\n".join((own or _tail(self._home / "log" / "console.log", 0))[-lines:])
+        # Until the configuration is read there is the console only.
+        logs = _tail(self._home / "log" / "console.log", 0)
+        logs += _tail(self._home / "log" / f"{self.name}.log", self._logged_before)
+        errors = [text for line in logs if (text := line.partition(" [error] ")[2].partition("> ")[2].strip())]
+        return "\n".join(errors[:lines] or logs[-lines:])  # the first error is the cause
 
     def __enter__(self) -> Self:
         self.start()

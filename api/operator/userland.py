@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,8 @@ from api.operator.secrets import private_directory
 Log = Callable[[str], None]
 Version = tuple[int, int, int]
 
-# Before 4.0.3 a device can publish under another device's key, before 4.2.6 and 4.3.0 it can probe any mailbox.
+# Older ones can't hold a device in its place: before 4.0.3 it can publish under another device's key, and before 4.2.6
+# (which 4.2 should be updated to) it can ask whether any mailbox exists.
 MINIMUM: Version = (4, 2, 0)
 SUITE = "forky"
 PACKAGES = ("rabbitmq-server", "postgresql")
@@ -186,10 +188,17 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
 
 def _make(userland: Path, suite: str, log: Log) -> None:
     for abandoned in userland.parent.glob(f"{userland.name}.part-*"):  # we hold the lock: nobody works on it
-        shutil.rmtree(abandoned)
+        shutil.rmtree(abandoned, ignore_errors=True)
     part = userland.with_name(f"{userland.name}.part-{os.getpid()}")
     log(f"preparing a Debian userland with RabbitMQ in {userland} (once; about a minute, 650 MB)")
+    try:
+        # debootstrap mounts /proc, /sys and perhaps /dev in there: not for this machine to see, and above all not for
+        # the removal of a half-made tree to walk into.
+        private = [tool("unshare", "util-linux"), "--mount", "--propagation=private"]
+    except MissingToolError as error:
+        raise UserlandError(str(error)) from error
     command = [
+        *private,
         _debootstrap(log),
         "--variant=minbase",
         "--force-check-gpg",  # without the keyring it would only warn and go on
@@ -200,7 +209,7 @@ def _make(userland: Path, suite: str, log: Log) -> None:
         "/usr/share/debootstrap/scripts/sid",  # an older debootstrap does not know the suite by name
     ]
     try:
-        _run(command, log)
+        _run("debootstrap", command, log)
         part.rename(userland)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -219,8 +228,9 @@ def _debootstrap(log: Log) -> str:
         ) from error
     log("installing debootstrap")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    _run([apt, "update", "-qq"], log, environment)
+    _run("apt-get update", [apt, "update", "-qq"], log, environment)
     _run(
+        "apt-get install debootstrap",
         [apt, "install", "-y", "-qq", "--no-install-recommends", "debootstrap", "debian-archive-keyring"],
         log,
         environment,
@@ -231,10 +241,17 @@ def _debootstrap(log: Log) -> str:
         raise UserlandError(str(error)) from error
 
 
-def _run(command: Sequence[str], log: Log, environment: dict[str, str] | None = None) -> None:
+def _run(what: str, command: Sequence[str], log: Log, environment: dict[str, str] | None = None) -> None:
     """Run it, with its latest line of output logged every few seconds; UserlandError with the last one if it fails."""
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # ended as a group
     )
     latest = "started"
     ended = threading.Event()
@@ -251,11 +268,11 @@ def _run(command: Sequence[str], log: Log, environment: dict[str, str] | None = 
             latest = line.strip()[:200] or latest
         status = process.wait()
     except BaseException:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
     finally:
         ended.set()
         reporter.join()
     if status != 0:
-        raise UserlandError(f"{Path(command[0]).name} failed with status {status}: {latest}")
+        raise UserlandError(f"{what} failed with status {status}: {latest}")

@@ -19,7 +19,9 @@ def accept_jwk(given: Mapping[str, object]) -> dict[str, str]:
         Invalid: anything else, a private key above all.
     """
     if "d" in given:
-        raise Invalid("public_key carries the private member 'd': keep the private key on the device, and make a new one")
+        raise Invalid(
+            "public_key carries the private member 'd': keep the private key on the device, and make a new one"
+        )
     if not _MEMBERS <= given.keys() <= _MEMBERS | _IGNORED or given["kty"] != "EC" or given["crv"] != "P-256":
         raise Invalid("public_key is a JWK with kty 'EC', crv 'P-256', x and y")
     jwk = {name: value for name, value in given.items() if name in _MEMBERS and isinstance(value, str)}

@@ -102,7 +102,9 @@ def verify(token: Unverified, jwk: Mapping[str, str], audience: str, longest: in
     iat, exp, nbf = _time(claims, "iat"), _time(claims, "exp"), claims.get("nbf")
     if exp - iat > longest or exp <= iat:
         raise Unauthenticated(f"the token lives longer than the {longest} s allowed")
-    if iat > now + enrollment.CLOCK_LEEWAY or (nbf is not None and _time(claims, "nbf") > now + enrollment.CLOCK_LEEWAY):
+    if iat > now + enrollment.CLOCK_LEEWAY or (
+        nbf is not None and _time(claims, "nbf") > now + enrollment.CLOCK_LEEWAY
+    ):
         raise Unauthenticated("the token is not valid yet; check the clock of whoever signed it")
     if now >= exp + enrollment.CLOCK_LEEWAY:
         raise Unauthenticated("the token has expired")

@@ -59,9 +59,7 @@ class Claims:
     async def _welcome(self, hello: wire.Hello, device: DeviceId) -> wire.Message:
         await self._registry.seen(device, self._clock.now(), hello.agent_version)
         incarnation = await self._ledger.incarnation()
-        return wire.encode_welcome(
-            wire.Welcome(hello.correlation, self._clock.now_ms(), incarnation, wire.VERSION)
-        )
+        return wire.encode_welcome(wire.Welcome(hello.correlation, self._clock.now_ms(), incarnation, wire.VERSION))
 
     async def _decide(self, claim: wire.Claim, device: DeviceId) -> wire.Message:
         changes = [Change(id, life.Claimed(claim.agent), device) for id in claim.commands]

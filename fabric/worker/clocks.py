@@ -40,7 +40,10 @@ class Deadlines:
         due = await self._ledger.due(self._clock.now(), BATCH)
         if due:
             await self._recorder.record(
-                *(Change(id, life.DeadlinePassed() if state in life.WAITING else life.ResponseDue()) for id, state in due)
+                *(
+                    Change(id, life.DeadlinePassed() if state in life.WAITING else life.ResponseDue())
+                    for id, state in due
+                )
             )
         return len(due) == BATCH
 
@@ -76,36 +79,34 @@ class Sequencer:
 
 
 class Closures:
-    """Closes the connections of devices that were deleted, suspended or revoked, and drops their mailboxes.
+    """Closes the connections of devices that were deleted, suspended or revoked.
 
     A connection in its handshake is not known to the broker yet, so each closure is swept three times; it
     is done, and forgotten, after the last.
     """
 
-    def __init__(self, registry: Registry, admin: BrokerAdmin, publisher: Publisher) -> None:
-        self._registry, self._admin, self._publisher = registry, admin, publisher
+    def __init__(self, registry: Registry, admin: BrokerAdmin) -> None:
+        self._registry, self._admin = registry, admin
         self._swept: dict[int, tuple[float, int]] = {}
 
     async def run_once(self) -> bool:
         now = asyncio.get_running_loop().time()
         open_closures = await self._registry.closures(BATCH)
-        for id, device, forget in open_closures:
+        for id, device in open_closures:
             since, sweeps = self._swept.get(id, (now, 0))
             if now - since < SWEEPS[sweeps]:
                 continue
-            await self._sweep(device, forget and sweeps == 0)
+            await self._sweep(device)
             self._swept[id] = (since, sweeps + 1)
             if sweeps + 1 == len(SWEEPS):
                 await self._registry.closed([id])
                 del self._swept[id]
         return False
 
-    async def _sweep(self, device: DeviceId, forget: bool) -> None:
+    async def _sweep(self, device: DeviceId) -> None:
         closed = await self._admin.close_connections(device)
         if closed:
             log.info("connections.closed device=%s count=%d", device, closed)
-        if forget:
-            await self._publisher.delete_queue(names.mailbox(device))
 
 
 class Reconciler:

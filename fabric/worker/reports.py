@@ -31,7 +31,9 @@ class Recorder:
         results = []
         for change, result in zip(changes, await self._ledger.write(*changes), strict=True):
             if isinstance(result, Dropped):
-                log.warning("report.dropped command=%s device=%s reason=%s", change.command, change.device, result.reason)
+                log.warning(
+                    "report.dropped command=%s device=%s reason=%s", change.command, change.device, result.reason
+                )
             elif isinstance(result, Changed):
                 await self._follow_up(result.step)
             else:

@@ -1,0 +1,117 @@
+"""`restante worker`: consumes what devices say, runs the clocks, and publishes the event log."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+
+from api.logs import configure
+from api.operator import wiring
+from api.operator.secrets import account_password
+from api.settings import Settings
+from fabric.amqp.consumer import Consumer
+from fabric.amqp.connection import Link
+from fabric.amqp.declarer import declare_topology
+from fabric.clock import MEASURE_EVERY, Clock
+from fabric.mail import Postman, Republisher
+from fabric.management import ManagementApi
+from fabric.uplink import Inbox
+from fabric.worker.claims import Claims
+from fabric.worker.clocks import Closures, Deadlines, Reconciler, Sequencer, keep_running
+from fabric.worker.gate import Gate
+from fabric.worker.reports import DeadLetters, Recorder, Reports
+from topology import access, layout, names
+
+log = logging.getLogger(__name__)
+
+_TICK = 0.05  # seconds between looks at the deadlines
+_POLL = 0.1  # seconds between looks at what else waits in the ledger
+_PREFETCH = 200
+
+
+def run(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT; the exit status."""
+    configure(settings.log_level)
+    asyncio.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    store, clock = await wiring.store(settings)
+    broker = wiring.broker(settings, access.WORKER)
+    admin = ManagementApi(
+        settings.management_url, access.ADMIN, account_password(settings.state_dir, access.ADMIN)
+    )
+    came_back = asyncio.Event()
+
+    async def prepare(link: Link) -> None:
+        await declare_topology(link)
+        for policy in layout.POLICIES:
+            await admin.put_policy(policy)
+        came_back.set()
+
+    broker.publishing.on_connect(prepare)
+    ledger, registry, publisher = store.ledger, store.registry, broker.publisher
+    recorder = Recorder(ledger, publisher)
+    republisher = Republisher(ledger, Postman(ledger, publisher, clock), clock)
+    gate = Gate(lambda: publisher.depth(names.REPORTS))
+    reports = Reports(Inbox(names.REPORTS, ledger, clock), recorder, gate.handled)
+    claims = Claims(Inbox(names.CLAIMS, ledger, clock), recorder, ledger, registry, publisher, clock)
+    dead = DeadLetters(Inbox(names.RETURNED, ledger, clock), recorder, gate.is_open)
+    consumers = [
+        Consumer(broker.consuming, names.REPORTS, reports.on_delivery, prefetch=_PREFETCH, on_start=gate.connected),
+        Consumer(broker.consuming, names.CLAIMS, claims.on_delivery, prefetch=_PREFETCH),
+        Consumer(broker.consuming, names.RETURNED, dead.on_delivery, prefetch=_PREFETCH),
+    ]
+    owner = f"{socket.gethostname()}:{os.getpid()}"
+    reconciler = Reconciler(settings.cell, ledger, publisher, republisher)
+    passes = {
+        "deadlines": (_TICK, Deadlines(ledger, recorder, clock, gate).run_once),
+        "republisher": (_POLL, republisher.run_once),
+        "sequencer": (_POLL, Sequencer(owner, ledger, publisher).run_once),
+        "closures": (_POLL, Closures(registry, admin).run_once),
+        "clock": (MEASURE_EVERY, clock.synchronize),
+    }
+    try:
+        await broker.start()
+        for consumer in consumers:
+            await consumer.start()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(keep_running(name, every, once)) for name, (every, once) in passes.items()]
+            tasks.append(group.create_task(gate.watch()))
+            tasks.append(group.create_task(_reconcile(came_back, reconciler)))
+            log.info("worker.started owner=%s", owner)
+            await stopping.wait()
+            log.info("worker.stopping")
+            for task in tasks:
+                task.cancel()
+    finally:
+        for consumer in consumers:
+            await consumer.stop()
+        await broker.stop()
+        await admin.close()
+        await store.close()
+
+
+async def _reconcile(came_back: asyncio.Event, reconciler: Reconciler) -> None:
+    """Compare the mailboxes with the ledger each time the broker has come back."""
+    while True:
+        await came_back.wait()
+        came_back.clear()
+
+        async def once() -> None:
+            await reconciler.run_once()
+            raise _Done
+
+        try:
+            await keep_running("reconciler", 0.0, once)
+        except _Done:
+            continue
+
+
+class _Done(Exception):
+    """One pass went through."""

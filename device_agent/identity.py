@@ -1,0 +1,218 @@
+"""Who this device is: its key, which never leaves it, and the one service it is peered with.
+
+State directory: `device.key` (P-256, made here), `peering.json` (what enrollment answered) and
+`authority.pem` (the pinned authority). All three are 0600.
+"""
+
+import base64
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import jwt
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
+
+from device_agent import errors, files
+from topology import enrollment, names, wire
+
+KEY_FILE = "device.key"
+PEERING_FILE = "peering.json"
+AUTHORITY_FILE = "authority.pem"
+_ES256 = ECAlgorithm(ECAlgorithm.SHA256)
+
+
+@dataclass(frozen=True, slots=True)
+class Peering:
+    """The service this device belongs to; `signing_keys` maps kid to the public keys that sign commands."""
+
+    device: names.DeviceId
+    amqps_host: str
+    amqps_port: int
+    vhost: str
+    api_url: str
+    mq_audience: str
+    api_audience: str
+    signing_keys: dict[str, ec.EllipticCurvePublicKey]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKey:
+    private: ec.EllipticCurvePrivateKey
+    jwk: dict[str, str]
+    kid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    key: DeviceKey
+    peering: Peering
+    authority_pem: str
+
+    @property
+    def device(self) -> names.DeviceId:
+        return self.peering.device
+
+    def amqp_token(self, now_ms: int) -> str:
+        """A fresh token for one AMQP connection; `now_ms` is the best known time (fabric's, or floored)."""
+        return self._token(self.peering.mq_audience, now_ms, enrollment.AMQP_TOKEN_LIFE)
+
+    def api_token(self, now_ms: int) -> str:
+        return self._token(self.peering.api_audience, now_ms, enrollment.HTTP_TOKEN_LIFE)
+
+    def verify(self, command: wire.Command) -> bool:
+        """Was this command signed by the service, for this device, exactly as it is?"""
+        key = self.peering.signing_keys.get(command.sig_kid)
+        if key is None:
+            return False
+        try:
+            signature = base64.urlsafe_b64decode(command.sig + "=" * (-len(command.sig) % 4))
+        except ValueError:
+            return False
+        return bool(_ES256.verify(wire.signing_input(command, self.device), key, signature))
+
+    def _token(self, audience: str, now_ms: int, life: int) -> str:
+        issued = now_ms // 1000
+        claims = {
+            "iss": self.device,
+            "sub": self.device,
+            "aud": audience,
+            "iat": issued,
+            "exp": issued + life,
+            "jti": secrets.token_urlsafe(16),
+        }
+        headers = {"typ": enrollment.DEVICE_TOKEN_TYPE, "kid": self.key.kid}
+        return jwt.encode(claims, self.key.private, algorithm=enrollment.ALGORITHM, headers=headers)
+
+
+def load(state_dir: Path) -> Identity:
+    """The enrolled identity.
+
+    Raises:
+        errors.NotEnrolled: there is none here.
+        errors.StateRefused: a file is open to others, or is not what it should be.
+    """
+    try:
+        key = load_key(state_dir)
+        raw = files.read_private(state_dir / PEERING_FILE)
+        authority = files.read_private(state_dir / AUTHORITY_FILE).decode("ascii", "replace")
+    except FileNotFoundError as error:
+        raise errors.NotEnrolled(
+            f"{state_dir} holds no enrolled device; run `restante-agent enroll` with a ticket first"
+        ) from error
+    try:
+        peering = parse_peering(json.loads(raw))
+    except (ValueError, errors.BadAnswer) as error:
+        raise errors.StateRefused(f"{state_dir / PEERING_FILE} is damaged ({error}); enroll again") from error
+    return Identity(key, peering, authority)
+
+
+def load_key(state_dir: Path) -> DeviceKey:
+    """Raises `FileNotFoundError` or `errors.StateRefused`."""
+    path = state_dir / KEY_FILE
+    content = files.read_private(path)
+    try:
+        private = serialization.load_pem_private_key(content, password=None)
+    except (ValueError, TypeError) as error:
+        raise errors.StateRefused(f"{path} is no private key; restore it, or enroll anew in an empty directory") from error
+    if not isinstance(private, ec.EllipticCurvePrivateKey) or not isinstance(private.curve, ec.SECP256R1):
+        raise errors.StateRefused(f"{path} is not a P-256 key; restore it, or enroll anew in an empty directory")
+    return _device_key(private)
+
+
+def make_key(state_dir: Path) -> DeviceKey:
+    """The key of this directory, made now if there is none yet. Of two who make one at once, both get the same."""
+    try:
+        return load_key(state_dir)
+    except FileNotFoundError:
+        pass
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    try:
+        files.write_private(state_dir / KEY_FILE, pem, new=True)
+    except FileExistsError:
+        return load_key(state_dir)
+    return _device_key(private)
+
+
+def store_peering(state_dir: Path, answer: dict[str, Any], authority_pem: str) -> None:
+    """Keep what enrollment answered. The authority comes first: a peering never lacks its pin."""
+    files.write_private(state_dir / AUTHORITY_FILE, authority_pem.encode("ascii"))
+    kept = {name: answer[name] for name in ("device_id", "amqps_url", "api_url", "audience", "signing_keys")}
+    files.write_private(state_dir / PEERING_FILE, json.dumps(kept, indent=1).encode())
+
+
+def parse_peering(answer: object) -> Peering:
+    """The peering in an enrollment answer (or in the file kept of it).
+
+    Raises:
+        errors.BadAnswer: something in it is missing or outside the contract.
+    """
+    if not isinstance(answer, dict):
+        raise errors.BadAnswer("the answer is not a JSON object")
+    device = _text(answer, "device_id")
+    if not names.is_device(device):
+        raise errors.BadAnswer("'device_id' is no device id")
+    audience = answer.get("audience")
+    if not isinstance(audience, dict):
+        raise errors.BadAnswer("'audience' is not an object")
+    host, port, vhost = _amqps(_text(answer, "amqps_url"))
+    return Peering(
+        device=names.DeviceId(device),
+        amqps_host=host,
+        amqps_port=port,
+        vhost=vhost,
+        api_url=_text(answer, "api_url"),
+        mq_audience=_text(audience, "mq"),
+        api_audience=_text(audience, "api"),
+        signing_keys=_signing_keys(answer.get("signing_keys")),
+    )
+
+
+def _device_key(private: ec.EllipticCurvePrivateKey) -> DeviceKey:
+    full = ECAlgorithm.to_jwk(private.public_key(), as_dict=True)
+    jwk = {name: str(full[name]) for name in ("crv", "kty", "x", "y")}
+    return DeviceKey(private, jwk, enrollment.thumbprint(jwk))
+
+
+def _signing_keys(value: object) -> dict[str, ec.EllipticCurvePublicKey]:
+    listed = value.get("keys") if isinstance(value, dict) else None
+    if not isinstance(listed, list) or not 1 <= len(listed) <= 100:
+        raise errors.BadAnswer("'signing_keys' is not a JWK set")
+    keys: dict[str, ec.EllipticCurvePublicKey] = {}
+    for jwk in listed:
+        try:
+            key = _ES256.from_jwk(jwk)
+            kid = str(jwk.get("kid") or enrollment.thumbprint(jwk))
+        except (jwt.InvalidKeyError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise errors.BadAnswer("'signing_keys' holds something that is no P-256 public key") from error
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise errors.BadAnswer("'signing_keys' holds a private key")
+        if not isinstance(key.curve, ec.SECP256R1):
+            raise errors.BadAnswer("'signing_keys' holds a key of another curve than P-256")
+        keys[kid] = key
+    return keys
+
+
+def _amqps(url: str) -> tuple[str, int, str]:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or 5671
+    except ValueError as error:
+        raise errors.BadAnswer("'amqps_url' is no URL") from error
+    if parts.scheme != "amqps" or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise errors.BadAnswer("'amqps_url' is not of the form amqps://host:port/vhost")
+    return parts.hostname, port, unquote(parts.path.removeprefix("/")) or names.VHOST
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    value = values.get(name)
+    if not isinstance(value, str) or not 1 <= len(value) <= 500:
+        raise errors.BadAnswer(f"'{name}' is missing or no text")
+    return value

@@ -1,0 +1,125 @@
+"""The pick-up rules (COMMANDS.md, rules 1 to 5), as decisions without I/O. Times are epoch ms of the fabric.
+
+The shell (`mailbox`) does what is decided here, in the order that rule 1 demands: journal, ack, receipt, start.
+"""
+
+from dataclasses import dataclass
+
+from device_agent.journal import Entry, Interrupted, State
+from topology import names, wire
+
+STALE_AFTER = 2_000  # ms: fresh mail is not claimed, so that live traffic pays nothing
+MAX_RERUNS = 3  # of an idempotent handler after crashes
+
+EXPIRED = "expired"
+MALFORMED = "malformed"
+UNSUPPORTED = "unsupported"
+UNSIGNED = "unsigned"
+CLAIM_REFUSED = "claim-refused"
+INTERRUPTED = "interrupted"
+
+TAKEN = "taken"
+UNANSWERED = "unanswered"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Journal, ack, receipt, start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Ask the fabric first; the mail stays unacked and keeps its slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Journal, ack, and say why it did not start. Always the status `rejected`."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Journal and ack in silence; `conflict`: another agent holds this identity's command."""
+
+    conflict: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Ack; it is in the journal already. `resend`: its outcome is known and is said again."""
+
+    resend: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Say `failed` with this reason for an interrupted command."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Say nothing about an interrupted command: nobody knows what it did."""
+
+
+Decision = Run | Claim | Answer | Duplicate
+
+
+def decide(
+    command: wire.Command, *, redelivered: bool, entry: Entry | None, problem: str | None, granted: bool, now: int
+) -> Decision:
+    """What to do with verified mail when a slot is free.
+
+    Args:
+        command: decoded, and its signature checked.
+        redelivered: the broker's flag.
+        entry: the journal's, if it has one.
+        problem: why no handler can take it (unknown command, invalid arguments), or None.
+        granted: the fabric has granted our claim.
+        now: the fabric's time.
+    """
+    if entry is not None:
+        return Duplicate(resend=entry.state in (State.DONE, State.REPORTED))
+    if now >= command.not_after:
+        return Answer(EXPIRED)
+    if problem is not None:
+        return Answer(problem)
+    if not granted and must_claim(command, redelivered=redelivered, now=now):
+        return Claim()
+    return Run()
+
+
+def must_claim(command: wire.Command, *, redelivered: bool, now: int) -> bool:
+    """Rule 2: asked for, redelivered, not the first attempt, or older than 2 s."""
+    return command.claim or redelivered or command.attempt > 1 or now - command.at > STALE_AFTER
+
+
+def refused(reason: str) -> Answer | Refused:
+    """What a refused claim means for a command that never started here."""
+    if reason == UNANSWERED:
+        return Answer(CLAIM_REFUSED)
+    return Refused(conflict=reason == TAKEN)
+
+
+def after_crash(entry: Interrupted, *, now: int) -> Run | Fail | Doubt:
+    """What becomes of a command that was started and has no outcome.
+
+    An idempotent one (its request was kept) runs again, at most three times, and never later than its first
+    run could have lasted: "unlock the door" must not run a day late because the power was off.
+    """
+    if entry.request is None:
+        return Doubt()
+    latest = max(entry.not_after, entry.started_at + entry.request.response_timeout)
+    if entry.reruns >= MAX_RERUNS or now >= latest:
+        return Fail(INTERRUPTED)
+    return Run()
+
+
+def junk(message_id: str | None, error: wire.Malformed) -> tuple[names.CommandId, str] | None:
+    """Whom to answer about a message that is no command of this contract, and how; None: nobody can be named."""
+    if message_id is None or not names.is_command_id(message_id):
+        return None
+    return names.CommandId(message_id), UNSUPPORTED if isinstance(error, wire.Unsupported) else MALFORMED

@@ -1,0 +1,314 @@
+"""The database: from a URL to an engine, with threads to use it in and errors the fabric knows.
+
+SQLAlchemy is used synchronously, in threads: an async engine pays a greenlet switch for every statement.
+"""
+
+import asyncio
+import enum
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from fabric.command import Micros
+from fabric.errors import FabricError, Invalid, LedgerUnavailable
+
+T = TypeVar("T")
+
+READERS = 3  # threads for reads and for the registry; the batch ledger has one of its own
+BUSY_TIMEOUT = 10_000  # ms that SQLite waits for another process's transaction
+STATEMENT_TIMEOUT = 10_000  # ms, PostgreSQL
+LOCK_TIMEOUT = 5_000  # ms, PostgreSQL
+IDLE_TIMEOUT = 30_000  # ms after which PostgreSQL ends a transaction whose client has hung
+CONNECT_TIMEOUT = 5  # seconds
+RETRY_FOR = 5.0  # seconds that a call goes on reconnecting to a database that went away
+RETRY_PAUSE = (0.02, 0.5)  # seconds: the first pause and the longest, doubled in between, jittered
+QUEUED = 2_000  # calls that may wait for a reader thread
+
+_FILE_MODE = 0o600
+_WAL_TRIES = 50  # of 0.1 s: turning on WAL doesn't wait for other processes by itself
+
+
+class Database:
+    """An engine and its threads. One per process; the ledger and the registry share it.
+
+    Raises:
+        Invalid: the URL is not of a database that is supported.
+    """
+
+    def __init__(self, url: str, *, readers: int = READERS) -> None:
+        self.engine = create_engine(url, connections=readers + 2)
+        self.sqlite = self.engine.dialect.name == "sqlite"
+        # PostgreSQL then needs no BEGIN for a read; on SQLite a statement alone is its own transaction anyway.
+        self._reading = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        # SQLite's own waiting polls; between the threads of one process a lock is fair and wakes at once.
+        self._turn: AbstractContextManager[Any] = threading.Lock() if self.sqlite else nullcontext()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="sql-writer")
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="sql-reader")
+        self._waiting = 0
+        self._closed = False
+
+    async def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run reading statements, each on its own snapshot. Tried again when the connection was lost."""
+        return await self._in_reader(lambda: self._retrying(lambda: self._read(work)))
+
+    async def write(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run a transaction. It is tried again as long as it can't have been committed.
+
+        Raises:
+            LedgerUnavailable: not committed, or, if the connection was lost during the commit, perhaps so.
+        """
+        return await self._in_reader(lambda: self.transact(work))
+
+    async def write_batch(self, work: Callable[[], T]) -> T:
+        """Run something in the batch ledger's thread; it calls `transact` itself."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, work)
+
+    def transact(
+        self, work: Callable[[sa.Connection], T], *, committed: Callable[[sa.Connection, T], bool] | None = None
+    ) -> T:
+        """`write`, in the calling thread.
+
+        Args:
+            committed: asked on a new connection when the old one was lost during the commit, with the result of
+                `work`: is it in the database? If not, `work` is run again.
+        """
+        doubtful: list[T] = []
+
+        def attempt() -> T:
+            with self._turn, self.engine.connect() as connection:
+                transaction = connection.begin()
+                try:
+                    if self.sqlite:
+                        connection.exec_driver_sql("BEGIN IMMEDIATE")
+                    if doubtful and committed is not None and committed(connection, doubtful[-1]):
+                        transaction.rollback()
+                        return doubtful[-1]
+                    result = work(connection)
+                except BaseException:
+                    _quietly(transaction.rollback)
+                    raise
+                doubtful[:] = [result]
+                try:
+                    transaction.commit()
+                except DBAPIError as error:
+                    _quietly(transaction.rollback)
+                    if committed is None and trouble(error) is Trouble.LOST:
+                        raise LedgerUnavailable("The database went away during a commit; it may be done.") from error
+                    raise
+                return result
+
+        return self._retrying(attempt)
+
+    async def time_offset(self) -> Micros:
+        """The database's clock minus this process's, in microseconds; the quickest of three measurements."""
+        if self.sqlite:
+            return 0
+
+        def measure(connection: sa.Connection) -> Micros:
+            best: tuple[int, Micros] | None = None
+            for _ in range(3):
+                before = time.time_ns() // 1000
+                theirs = connection.execute(_CLOCK).scalar_one()
+                after = time.time_ns() // 1000
+                if best is None or after - before < best[0]:
+                    best = (after - before, theirs - (before + after) // 2)
+            assert best is not None  # noqa: S101 - three measurements
+            return best[1]
+
+        return await self.read(measure)
+
+    async def close(self) -> None:
+        """Wait for what runs, then disconnect. Closing twice is closing once."""
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._writer.shutdown()
+        self._readers.shutdown()
+        self.engine.dispose()
+
+    async def _in_reader(self, work: Callable[[], T]) -> T:
+        if self._waiting >= QUEUED:
+            raise LedgerUnavailable(f"The database is too slow: {QUEUED} calls wait for it.")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+        finally:
+            self._waiting -= 1
+
+    def _read(self, work: Callable[[sa.Connection], T]) -> T:
+        with self._reading.connect() as connection:
+            return work(connection)
+
+    def _retrying(self, attempt: Callable[[], T]) -> T:
+        until = time.monotonic() + RETRY_FOR
+        pause, longest = RETRY_PAUSE
+        while True:
+            try:
+                return attempt()
+            except PoolTimeout as error:
+                raise LedgerUnavailable("The database is too slow: no connection was free.") from error
+            except DBAPIError as error:
+                kind = trouble(error)
+                if kind is Trouble.REFUSED:
+                    raise refused(error) from error
+                if kind is Trouble.BUSY or time.monotonic() > until or self._closed:
+                    raise LedgerUnavailable(f"The database can't be used now: {_first_line(error)}") from error
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            pause = min(pause * 2, longest)
+
+
+class Trouble(enum.Enum):
+    LOST = "the connection is gone, or could not be made"
+    COLLIDED = "the transaction lost against another one and may be run again"
+    BUSY = "a lock, time or space ran out"
+    REFUSED = "the database does not take these values or this statement"
+
+
+def trouble(error: DBAPIError) -> Trouble:
+    """What kind of failure it is: by SQLSTATE on PostgreSQL, by result code on SQLite."""
+    cause = error.orig
+    if isinstance(cause, sqlite3.Error):
+        code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        return Trouble.BUSY if code in _SQLITE_BUSY else Trouble.REFUSED
+    state: str | None = getattr(cause, "sqlstate", None)
+    if error.connection_invalidated or state is None:
+        operational = error.connection_invalidated or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError)
+        return Trouble.LOST if operational else Trouble.REFUSED
+    if state.startswith("08") or state in ("57P01", "57P02", "57P03"):
+        return Trouble.LOST
+    if state in ("40001", "40P01"):
+        return Trouble.COLLIDED
+    return Trouble.BUSY if state.startswith(("53", "55", "57", "58", "25")) else Trouble.REFUSED
+
+
+def refused(error: SQLAlchemyError) -> FabricError:
+    return Invalid(f"The database refused it: {_first_line(error)}")
+
+
+def create_engine(url: str, *, connections: int = READERS + 2) -> sa.Engine:
+    """An engine for `sqlite:///path` or `postgresql://…` (also `postgresql+psycopg://…`).
+
+    Raises:
+        Invalid: another database, or no file.
+    """
+    try:
+        parsed = sa.make_url(url)
+    except ArgumentError as error:
+        raise Invalid("The database URL can't be read; it is sqlite:///path or postgresql://…") from error
+    match parsed.drivername:
+        case "sqlite" | "sqlite+pysqlite":
+            return _sqlite(parsed, connections)
+        case "postgresql" | "postgresql+psycopg":
+            return _postgresql(parsed, connections)
+        case other:
+            raise Invalid(f"The database URL starts with {other}://; it must be sqlite:///path or postgresql://…")
+
+
+def _sqlite(url: sa.URL, connections: int) -> sa.Engine:
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        raise Invalid("The SQLite URL must name a file: sqlite:///path (four slashes for an absolute path).")
+    path = Path(url.database)
+    engine = sa.create_engine(
+        url.set(drivername="sqlite+pysqlite"),
+        poolclass=sa.QueuePool,
+        pool_size=connections,
+        max_overflow=0,
+        pool_timeout=10,
+        pool_use_lifo=True,
+        connect_args={"timeout": BUSY_TIMEOUT / 1000, "check_same_thread": False, "cached_statements": 256},
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def make_private(*_: object) -> None:
+        """Nobody else may read the ledger; SQLite gives the files beside it the same mode."""
+        with_mode = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, _FILE_MODE)
+        try:
+            if os.fstat(with_mode).st_mode & 0o077:
+                os.fchmod(with_mode, _FILE_MODE)
+        finally:
+            os.close(with_mode)
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves
+        for pragma in (f"busy_timeout={BUSY_TIMEOUT}", "foreign_keys=ON", "synchronous=FULL", "cache_size=-16000"):
+            connection.execute(f"PRAGMA {pragma}")
+        _turn_on_wal(connection)
+
+    return engine
+
+
+def _turn_on_wal(connection: sqlite3.Connection) -> None:
+    for tries_left in reversed(range(_WAL_TRIES)):
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if not tries_left:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
+def _postgresql(url: sa.URL, connections: int) -> sa.Engine:
+    settings = {
+        "statement_timeout": STATEMENT_TIMEOUT,
+        "lock_timeout": LOCK_TIMEOUT,
+        "idle_in_transaction_session_timeout": IDLE_TIMEOUT,
+        "jit": "off",
+    }
+    defaults: dict[str, Any] = {
+        "application_name": "restante",
+        "connect_timeout": CONNECT_TIMEOUT,
+        "tcp_user_timeout": STATEMENT_TIMEOUT,
+        "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
+    }
+    return sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        isolation_level="READ COMMITTED",
+        pool_size=connections,
+        max_overflow=0,
+        pool_timeout=10,
+        pool_use_lifo=True,  # the connection in use keeps its prepared statements warm
+        connect_args={
+            **{name: value for name, value in defaults.items() if name not in url.query},
+            "prepare_threshold": 2,  # uses after which a statement is prepared
+        },
+    )
+
+
+_SQLITE_BUSY = frozenset(
+    {
+        sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
+    }
+)  # fmt: skip
+_CLOCK = sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+
+
+def _quietly(undo: Callable[[], None]) -> None:
+    """A rollback on a connection that is gone has nothing to say that is not known."""
+    try:
+        undo()
+    except SQLAlchemyError:
+        pass
+
+
+def _first_line(error: SQLAlchemyError) -> str:
+    cause = getattr(error, "orig", None) or error
+    return str(cause).partition("\n")[0][:200]

@@ -1,0 +1,299 @@
+"""The port `Ledger` on SQL: the batch ledger, what is due, the event log.
+
+One thread writes: whatever was submitted while the last transaction ran goes into the next one.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import sqlalchemy as sa
+
+from fabric.batch import Batcher
+from fabric.command import WAITING, Command, Micros, State
+from fabric.errors import FabricError, LedgerUnavailable
+from fabric.model import Accept, LogRow, Mailbox, QuarantineRow, Result, TimelineRow, Write
+from fabric.sql import log as event_log
+from fabric.sql import rows, schema
+from fabric.sql.engine import Database
+from fabric.sql.fold import Fold, Stale, are_stored, padded
+from topology.names import CommandId, DeviceId
+
+log = logging.getLogger(__name__)
+
+READS = 5  # of one batch, before a row that keeps changing under it is given up
+MEASURE_EVERY = 30.0  # seconds between measurements of the database's clock
+QUARANTINED_BODY = 4096  # bytes
+QUARANTINED_ROWS = 100  # per device, and for unknown devices together
+
+_Group = tuple[Write, ...]
+
+
+class SqlLedger:
+    """The commands of one fabric.
+
+    Args:
+        clock: this process's time in microseconds; the offset to the database's clock is added to it.
+        jitter: gives numbers from 0 to 1, for the back-off of retries.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        clock: Callable[[], Micros] = lambda: time.time_ns() // 1000,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._database, self._clock, self._jitter = database, clock, jitter
+        self._offset: Micros = 0
+        self._batcher: Batcher[_Group, list[Result]] = Batcher(self._flush, weigh=len)
+        self._measuring: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Measure the clock and take writes. Raises `LedgerUnavailable`."""
+        if self._measuring is not None:
+            return
+        self._offset = await self.time_offset()
+        self._batcher.start()
+        self._measuring = asyncio.create_task(self._measure(), name="database-clock")
+
+    async def close(self) -> None:
+        """Commit what was submitted, then stop; the database stays open. Closing twice is closing once."""
+        await self._batcher.stop()
+        if self._measuring is not None:
+            self._measuring.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._measuring
+
+    # ---- Writing ---------------------------------------------------------------------------------------
+
+    async def write(self, *writes: Write) -> list[Result]:
+        """Apply all, in one transaction with others that wait, and commit; results in order.
+
+        When one of several `Accept`s is refused, none of these writes is done.
+
+        Raises:
+            NotFound: an `Accept` on an unknown device.
+            Conflict: an `Accept` for another generation of the device, or with the id of another command. The
+                same command again is no conflict: the result is the command as it is now.
+            LedgerUnavailable: the database is away; the writes may have been done.
+        """
+        return await self._batcher.submit(writes) if writes else []
+
+    async def quarantine(self, mail: Sequence[QuarantineRow]) -> None:
+        new = [
+            {
+                "at": row.at,
+                "source": row.source,
+                "device": row.device or "",
+                "routing_key": row.routing_key,
+                "reason": row.reason,
+                "body": row.body[:QUARANTINED_BODY],
+            }
+            for row in mail
+        ]
+
+        def store(connection: sa.Connection) -> None:
+            connection.execute(sa.insert(schema.quarantine), new)
+            for device in sorted({row["device"] for row in new}):
+                connection.execute(_PRUNE_QUARANTINE, {"of": device})
+
+        if new:
+            await self._database.write(store)
+
+    # ---- Reading ---------------------------------------------------------------------------------------
+
+    async def command(self, id: CommandId) -> tuple[Command, list[TimelineRow]] | None:
+        def read(connection: sa.Connection) -> tuple[Command, list[TimelineRow]] | None:
+            found = connection.execute(_COMMAND, {"of": id}).first()
+            if found is None:
+                return None
+            command = rows.command(found)
+            # Read after the command, on a later snapshot: what is newer than the command is left out.
+            entries = connection.execute(_TIMELINE, {"of": id, "version": command.version})
+            return command, [rows.timeline_row(row) for row in entries]
+
+        return await self._database.read(read)
+
+    async def commands(
+        self,
+        *,
+        device: DeviceId | None = None,
+        states: Collection[State] | None = None,
+        issuer: str | None = None,
+        after: tuple[Micros, CommandId] | None = None,
+        limit: int = 100,
+    ) -> list[Command]:
+        """Commands, the newest first; `after` is `(accepted_at, id)` of the last one seen."""
+        table = schema.commands.c
+        query = sa.select(*rows.COMMAND_COLUMNS).order_by(table.accepted_at.desc(), table.id.desc()).limit(limit)
+        if device is not None:
+            query = query.where(table.device == device)
+        if states is not None:
+            query = query.where(table.state.in_(sorted(state.value for state in states)))
+        if issuer is not None:
+            query = query.where(table.issuer == issuer)
+        if after is not None:
+            query = query.where(sa.tuple_(table.accepted_at, table.id) < sa.tuple_(*map(sa.literal, after)))
+        return await self._database.read(lambda connection: list(map(rows.command, connection.execute(query))))
+
+    async def due(self, now: Micros, limit: int) -> list[tuple[CommandId, State]]:
+        found = await self._all(_DUE, {"now": now, "limit": limit})
+        return [(CommandId(row.id), State(row.state)) for row in found]
+
+    async def to_publish(self, now: Micros, limit: int) -> list[tuple[CommandId, int]]:
+        found = await self._all(_TO_PUBLISH, {"now": now, "limit": limit})
+        return [(CommandId(row.id), row.attempt) for row in found]
+
+    async def waiting_by_device(self, cell: str) -> Mapping[DeviceId, list[tuple[CommandId, int]]]:
+        waiting: dict[DeviceId, list[tuple[CommandId, int]]] = {}
+        for row in await self._all(_QUEUED, {"cell": cell}):
+            waiting.setdefault(DeviceId(row.device), []).append((CommandId(row.id), row.attempt))
+        return waiting
+
+    async def mailboxes(self, devices: Sequence[DeviceId]) -> Mapping[DeviceId, Mailbox]:
+        """What may be in these mailboxes: commands that wait, and withdrawn ones until their deadline."""
+        return await self._database.read(lambda connection: mailboxes(connection, devices, self._now()))
+
+    # ---- The event log ---------------------------------------------------------------------------------
+
+    async def sequence(self, owner: str, lease: Micros, limit: int) -> list[LogRow] | None:
+        now = self._now()
+        idle = await self._database.read(lambda connection: event_log.is_idle(connection, owner, now, lease))
+        if idle is not None:
+            return [] if idle else None
+        return await self._database.write(lambda connection: event_log.sequence(connection, owner, now, lease, limit))
+
+    async def sequenced(self, owner: str, position: int) -> None:
+        await self._database.write(lambda connection: event_log.mark_published(connection, owner, position))
+
+    async def events(self, after: int, limit: int) -> list[LogRow]:
+        """The event log from the position after `after`, in order, without gaps."""
+        return await self._database.read(lambda connection: event_log.read(connection, after, limit))
+
+    async def last_position(self) -> int:
+        """The last position given to an event; 0 when there is none."""
+        return await self._database.read(event_log.last_position)
+
+    # ---- The database ----------------------------------------------------------------------------------
+
+    async def time_offset(self) -> Micros:
+        return await self._database.time_offset()
+
+    async def incarnation(self) -> str:
+        found = await self._all(_INCARNATION, {})
+        if not found:
+            raise LedgerUnavailable("The database has no incarnation; run `restante migrate`.")
+        return str(found[0].value)
+
+    async def _all(self, query: sa.Select[*tuple[object, ...]], parameters: Mapping[str, object]) -> Sequence[sa.Row[*tuple[object, ...]]]:
+        return await self._database.read(lambda connection: connection.execute(query, parameters).all())
+
+    def _now(self) -> Micros:
+        return self._clock() + self._offset
+
+    async def _measure(self) -> None:
+        while True:
+            await asyncio.sleep(MEASURE_EVERY)
+            try:
+                self._offset = await self.time_offset()
+            except FabricError as error:
+                log.debug("clock.unmeasured error=%s", error)
+
+    async def _flush(self, groups: Sequence[_Group]) -> list[list[Result] | Exception]:
+        return await self._database.write_batch(lambda: self._write(groups))
+
+    def _write(self, groups: Sequence[_Group]) -> list[list[Result] | Exception]:
+        for _ in range(READS):
+            try:
+                results, _ = self._database.transact(
+                    lambda connection: self._fold(connection, groups),
+                    committed=lambda connection, result: are_stored(connection, result[1]),
+                )
+            except Stale:
+                continue
+            return results
+        raise LedgerUnavailable("The commands kept changing under the write; try again.")
+
+    def _fold(
+        self, connection: sa.Connection, groups: Sequence[_Group]
+    ) -> tuple[list[list[Result] | Exception], list[Command]]:
+        writes = [write for group in groups for write in group]
+        accepted = [write.command for write in writes if isinstance(write, Accept)]
+        fold = Fold(connection, self._now, self._jitter)
+        fold.load(
+            [command.device for command in accepted],
+            [write.command.id if isinstance(write, Accept) else write.command for write in writes],
+        )
+        results: list[list[Result] | Exception] = [fold.apply(group) for group in groups]
+        return results, fold.save()
+
+
+def mailboxes(connection: sa.Connection, devices: Sequence[DeviceId], now: Micros) -> dict[DeviceId, Mailbox]:
+    """The mailboxes of these devices, empty ones too."""
+    boxes = {device: Mailbox(0, None) for device in devices}
+    if devices:
+        for row in connection.execute(_MAILBOXES, {"ids": padded(devices), "now": now}):
+            boxes[row.device] = Mailbox(row.depth, row.oldest_at)
+    return boxes
+
+
+_commands = schema.commands.c
+_waiting = _commands.state.in_(sorted(state.value for state in WAITING))
+
+_COMMAND = sa.select(*rows.COMMAND_COLUMNS).where(_commands.id == sa.bindparam("of"))
+_TIMELINE = (
+    sa.select(schema.events)
+    .where(schema.events.c.command == sa.bindparam("of"), schema.events.c.version <= sa.bindparam("version"))
+    .order_by(schema.events.c.id)
+)
+_DUE = (
+    sa.select(_commands.id, _commands.state)
+    .where(_commands.due <= sa.bindparam("now"))
+    .order_by(_commands.due)
+    .limit(sa.bindparam("limit"))
+)
+# Past its deadline nothing is published any more; what is left is the clock's.
+_TO_PUBLISH = (
+    sa.select(_commands.id, _commands.attempt)
+    .where(_commands.publish_due <= sa.bindparam("now"), _commands.deadline > sa.bindparam("now"), _waiting)
+    .order_by(_commands.publish_due)
+    .limit(sa.bindparam("limit"))
+)
+_QUEUED = (
+    sa.select(_commands.device, _commands.id, _commands.attempt)
+    .join(schema.devices, schema.devices.c.id == _commands.device)
+    .where(
+        schema.devices.c.cell == sa.bindparam("cell"),
+        schema.devices.c.generation == _commands.generation,
+        _commands.state == State.QUEUED.value,
+        _commands.due.is_not(None),
+        _commands.publish_due.is_(None),
+    )
+    .order_by(_commands.device, _commands.seq)
+)
+# The literals of the index's condition, so that it is used by prepared statements too.
+_MAILBOXES = (
+    sa.select(_commands.device, sa.func.count().label("depth"), sa.func.min(_commands.accepted_at).label("oldest_at"))
+    .where(
+        _commands.device.in_(sa.bindparam("ids", expanding=True)),
+        sa.text("state IN ('accepted', 'queued', 'cancelled')"),
+        _commands.deadline > sa.bindparam("now"),
+        sa.or_(_commands.state != State.CANCELLED.value, _commands.copies != ""),
+    )
+    .group_by(_commands.device)
+)
+_INCARNATION = sa.select(schema.meta.c.value).where(schema.meta.c.name == "incarnation")
+_PRUNE_QUARANTINE = sa.delete(schema.quarantine).where(
+    schema.quarantine.c.device == sa.bindparam("of"),
+    schema.quarantine.c.id
+    <= sa.select(schema.quarantine.c.id)
+    .where(schema.quarantine.c.device == sa.bindparam("of"))
+    .order_by(schema.quarantine.c.id.desc())
+    .offset(QUARANTINED_ROWS)
+    .limit(1)
+    .scalar_subquery(),
+)

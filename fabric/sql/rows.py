@@ -1,0 +1,199 @@
+"""Rows of the tables, to and from the fabric's values."""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from fabric.command import Command, Entry, Micros, Outcome, State
+from fabric.model import Device, DeviceKey, DomainEvent, IssuedToken, LogRow, TimelineRow
+from fabric.sql import schema
+from topology.names import CommandId, DeviceId
+
+Row = dict[str, Any]
+
+COMMAND_COLUMNS: Final = tuple(column for column in schema.commands.c if column.name != "due")
+_DEVICE_FIELDS: Final = (
+    "id", "cell", "generation", "enabled", "created_at", "version", "next_seq", "last_seen", "agent_version",
+    "connected", "connection_since",
+)  # fmt: skip
+
+
+def new_command(command: Command) -> Row:
+    """The whole row of a command."""
+    return {
+        "id": command.id,
+        "device": command.device,
+        "generation": command.generation,
+        "seq": command.seq,
+        "name": command.name,
+        "body": command.body,
+        "content_type": command.content_type,
+        "issuer": command.issuer,
+        "claim": command.claim,
+        "supersedes": command.supersedes,
+        "accepted_at": command.accepted_at,
+        "deadline": command.deadline,
+        "response_timeout": command.response_timeout,
+        "sig": command.sig,
+        "sig_kid": command.sig_kid,
+        "traceparent": command.traceparent,
+        **command_state(command),
+    }
+
+
+def command_state(command: Command) -> Row:
+    """What of a command's row may change."""
+    outcome = command.outcome
+    return {
+        "state": command.state.value,
+        "reason": command.reason,
+        "late": command.late,
+        "attempt": command.attempt,
+        "copies": ",".join(map(str, command.copies)),
+        "publish_due": command.publish_due,
+        "holder": command.holder,
+        "response_due": command.response_due,
+        "settled_at": command.settled_at,
+        "progress": command.progress,
+        "outcome_status": outcome.status.value if outcome else None,
+        "outcome_reason": outcome.reason if outcome else None,
+        "outcome_content_type": outcome.content_type if outcome else None,
+        "outcome_body": outcome.body if outcome else None,
+        "version": command.version,
+        "rows": command.rows,
+        "due": command.due,
+    }
+
+
+def command(row: "sa.Row[Any]") -> Command:
+    """A command from `COMMAND_COLUMNS`, which may be followed by others."""
+    (
+        id, device, generation, seq, name, body, content_type, issuer, claim, supersedes, accepted_at, deadline,
+        response_timeout, sig, sig_kid, traceparent, state, reason, late, attempt, copies, publish_due, holder,
+        response_due, settled_at, progress, outcome_status, outcome_reason, outcome_content_type, outcome_body,
+        version, rows,
+    ) = row[: len(COMMAND_COLUMNS)]  # fmt: skip
+    outcome = None
+    if outcome_status is not None:
+        outcome = Outcome(State(outcome_status), outcome_reason, outcome_content_type, bytes(outcome_body))
+    return Command(
+        CommandId(id), DeviceId(device), generation, seq, name, bytes(body), content_type, issuer, claim, supersedes,
+        accepted_at, deadline, response_timeout, sig, sig_kid, traceparent, State(state), reason, late, attempt,
+        tuple(map(int, copies.split(","))) if copies else (), publish_due, holder, response_due, settled_at, progress,
+        outcome, version, rows,
+    )  # fmt: skip
+
+
+def entry_event(entry: Entry, after: Command) -> Row:
+    """The event row of a command's timeline entry; `after` is the command it led to."""
+    document = {
+        "id": after.id,
+        "device": after.device,
+        "name": after.name,
+        "state": entry.state.value,
+        "reason": after.reason,
+        "late": after.late,
+        "seq": after.seq,
+        "attempt": after.attempt,
+        "evidence": entry.evidence,
+        "detail": entry.detail,
+        "at": rfc3339(entry.at),
+        "version": after.version,
+    }
+    return {
+        "kind": f"command.{entry.state.value}" if entry.changed else "command.evidence",
+        "device": after.device,
+        "command": after.id,
+        "version": after.version,
+        "at": entry.at,
+        "state": entry.state.value,
+        "evidence": entry.evidence,
+        "detail": entry.detail,
+        "changed": entry.changed,
+        "document": _json(document),
+    }
+
+
+def domain_event(event: DomainEvent, version: int = 0) -> Row:
+    """The event row of something that happened to a device."""
+    return {
+        "kind": event.kind,
+        "device": event.device,
+        "command": None,
+        "version": version,
+        "at": event.at,
+        "state": None,
+        "evidence": None,
+        "detail": None,
+        "changed": None,
+        "document": _json(event.detail),
+    }
+
+
+def timeline_row(row: "sa.Row[Any]") -> TimelineRow:
+    entry = Entry(State(row.state), row.at, row.evidence, row.detail, row.changed)
+    return TimelineRow(entry, row.version, row.position)
+
+
+def log_row(row: "sa.Row[Any]") -> LogRow:
+    command_id = None if row.command is None else CommandId(row.command)
+    return LogRow(
+        row.position, row.kind, DeviceId(row.device), command_id, row.version, row.at, json.loads(row.document)
+    )
+
+
+def new_device(device: Device) -> Row:
+    return {
+        **{name: getattr(device, name) for name in _DEVICE_FIELDS},
+        "groups": _json(device.groups),
+        "labels": _json(device.labels),
+        "enrolled_at": None,
+    }
+
+
+def device(row: "sa.Row[Any]") -> Device:
+    known = row._mapping  # noqa: SLF001 - SQLAlchemy's public name
+    return Device(
+        **{name: known[name] for name in _DEVICE_FIELDS},
+        groups=tuple(json.loads(row.groups)),
+        labels=json.loads(row.labels),
+    )
+
+
+def device_key(row: "sa.Row[Any]") -> DeviceKey:
+    return DeviceKey(DeviceId(row.device), row.kid, json.loads(row.jwk), row.created_at, row.last_used)
+
+
+def issued_token(row: "sa.Row[Any]") -> IssuedToken:
+    scopes = tuple(json.loads(row.scopes))
+    return IssuedToken(row.jti, row.subject, scopes, row.issued_at, row.expires_at, row.revoked_at)
+
+
+def rfc3339(at: Micros) -> str:
+    """UTC with microseconds."""
+    moment = datetime.fromtimestamp(at // 1_000_000, UTC).replace(microsecond=at % 1_000_000)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def as_json(value: object) -> str:
+    return _json(value)
+
+
+def _json(value: object) -> str:
+    return json.dumps(_clean(value), separators=(",", ":"))
+
+
+def _clean(value: object) -> object:
+    """JSON escapes would carry NUL and lone surrogates past the column's type, to whoever reads the document."""
+    match value:
+        case str():
+            return schema.clean(value)
+        case Mapping():
+            return {schema.clean(str(name)): _clean(member) for name, member in value.items()}
+        case list() | tuple():
+            return [_clean(member) for member in value]
+        case _:
+            return value
