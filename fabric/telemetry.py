@@ -1,12 +1,10 @@
 """Telemetry as it comes over HTTP, and as it is read back from the stream."""
 
 import asyncio
-import json
-from base64 import b64encode
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from fabric import ids
+from fabric import ids, presenting
 from fabric.clock import Clock
 from fabric.ports import Delivery, Publisher, StreamReader
 from topology import access, names, wire
@@ -28,13 +26,13 @@ class Reading:
     body: bytes
 
     def document(self) -> dict[str, object]:
-        """The JSON object of one NDJSON line, its time still in epoch ms."""
+        """The JSON object of one NDJSON line."""
         return {
             "offset": self.offset,
             "device": self.device,
             "channel": self.channel,
-            "at": self.at,
-            **presented(self.content_type, self.body, "value"),
+            "at": presenting.time(self.at * 1000),
+            **presenting.typed(self.content_type, self.body, "value"),
         }
 
 
@@ -74,19 +72,6 @@ class Telemetry:
                     continue
                 given += 1
                 yield reading
-
-
-def presented(content_type: str, body: bytes, name: str) -> dict[str, object]:
-    """A body for people and programs: JSON as itself, the rest as base64, beside its type."""
-    value: object
-    if content_type.partition(";")[0] == wire.JSON:
-        try:
-            value = json.loads(body) if body else None
-        except (ValueError, RecursionError):
-            value = {"base64": b64encode(body).decode()}
-    else:
-        value = {"base64": b64encode(body).decode()}
-    return {"content_type": content_type, name: value}
 
 
 def _reading(delivery: Delivery) -> Reading | None:

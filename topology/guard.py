@@ -9,6 +9,9 @@ message without properties, of type `UNDECODABLE`, which the consumer can store 
 Layout of the bytes: AMQP 0-9-1 section 4.2.6, with RabbitMQ's field types (its errata page).
 """
 
+import math
+import struct
+
 UNDECODABLE = "restante.undecodable"
 """`type` that a guarded decoder gives a message it refused; the header `REASON` says why."""
 REASON = "reason"
@@ -40,8 +43,10 @@ _PROPERTIES = (
 
 _FIXED_SIZES = {
     ord("t"): 1, ord("b"): 1, ord("B"): 1, ord("s"): 2, ord("u"): 2, ord("I"): 4, ord("i"): 4,
-    ord("l"): 8, ord("L"): 8, ord("f"): 4, ord("d"): 8, ord("D"): 5, ord("V"): 0,
+    ord("l"): 8, ord("L"): 8, ord("D"): 5, ord("V"): 0,
 }  # fmt: skip
+_FLOATS = {ord("f"): struct.Struct(">f"), ord("d"): struct.Struct(">d")}
+_BASIC = 60  # the only class whose messages have content headers
 
 
 class Refused(ValueError):
@@ -63,6 +68,8 @@ def inspect(payload: bytes) -> str | None:
 
 def _properties(payload: bytes) -> None:
     flags = _number(payload, 12, 2)
+    if _number(payload, 0, 2) != _BASIC:
+        raise Refused("a content header of another class")
     if flags & 1:
         raise Refused("more property flags than the protocol has")
     at = 14
@@ -113,6 +120,8 @@ def _table(payload: bytes, at: int) -> int:
             at = _skip(at + 4, _number(payload, at, 4, limit), limit)
         elif kind == ord("T"):
             at = _timestamp(payload, at, limit)
+        elif kind in _FLOATS:
+            at = _float(payload, at, limit, _FLOATS[kind])
         elif kind in _FIXED_SIZES:
             at = _skip(at, _FIXED_SIZES[kind], limit)
         else:
@@ -140,6 +149,13 @@ def _timestamp(payload: bytes, at: int, limit: int) -> int:
     if _number(payload, at, 8, limit) > LATEST_TIMESTAMP:
         raise Refused("a timestamp past the year 9999")
     return at + 8
+
+
+def _float(payload: bytes, at: int, limit: int, layout: struct.Struct) -> int:
+    end = _skip(at, layout.size, limit)
+    if not math.isfinite(layout.unpack_from(payload, at)[0]):  # pika makes whole numbers of floats
+        raise Refused("a number that is not finite")
+    return end
 
 
 def _skip(at: int, size: int, limit: int) -> int:

@@ -140,9 +140,9 @@ def pem_to_der(pem: str) -> bytes:
         AuthorityError: it is not exactly one certificate.
     """
     body = pem.strip()
+    if body.count("-----BEGIN ") != 1:
+        raise AuthorityError("This is not one certificate in PEM.")
     try:
-        if body.count("-----BEGIN ") != 1:
-            raise ValueError("not exactly one block")
         der = ssl.PEM_cert_to_DER_cert(body)
         x509.load_der_x509_certificate(der)
     except ValueError as error:

@@ -17,7 +17,6 @@ from api.services import Peering, Services
 from api.settings import Settings
 from fabric.amqp.consumer import wake_consumer
 from fabric.amqp.streams import AmqpStreamReader
-from fabric.clock import MEASURE_EVERY, Clock
 from fabric.commands import Commands
 from fabric.devices import Devices
 from fabric.errors import Temporary
@@ -26,10 +25,9 @@ from fabric.identity.issued import IssuedTokens
 from fabric.identity.login import Audiences, DeviceLogins
 from fabric.mail import Postman
 from fabric.signing import jwks
-from fabric.sql import Store
+from fabric.sql import Store, open_store
 from fabric.telemetry import Telemetry
 from fabric.waiting import Waiters
-from fabric.worker.clocks import keep_running
 from topology import access, enrollment, names
 
 log = logging.getLogger(__name__)
@@ -68,12 +66,12 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    store, clock = await wiring.store(settings)
+    store = await open_store(settings.database)
     broker = wiring.broker(settings, access.GATEWAY)
     background = Background()
     waiters = Waiters(store.ledger.command)
     wakes = wake_consumer(broker.consuming, waiters.on_delivery)
-    services = _services(settings, store, clock, broker, waiters, background)
+    services = _services(settings, store, broker, waiters, background)
     public = uvicorn.Server(_public(settings, services))
     internal = uvicorn.Server(
         uvicorn.Config(
@@ -91,7 +89,6 @@ async def _serve(settings: Settings) -> None:
         await broker.start()
         await wakes.start()
         async with asyncio.TaskGroup() as group:
-            synchronizing = group.create_task(keep_running("clock", MEASURE_EVERY, clock.synchronize))
             servers = [group.create_task(_run(server)) for server in (internal, public)]
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -102,7 +99,6 @@ async def _serve(settings: Settings) -> None:
             await servers[1]
             await background.drain()
             internal.should_exit = True
-            synchronizing.cancel()
     finally:
         await wakes.stop()
         await broker.stop()
@@ -134,7 +130,6 @@ def _public(settings: Settings, services: Services) -> uvicorn.Config:
 def _services(
     settings: Settings,
     store: Store,
-    clock: Clock,
     broker: wiring.Broker,
     waiters: Waiters,
     background: Background,
@@ -145,7 +140,7 @@ def _services(
     audiences = Audiences(
         enrollment.mq_audience(settings.fabric, settings.cell), enrollment.api_audience(settings.fabric)
     )
-    ledger, registry, publisher = store.ledger, store.registry, broker.publisher
+    ledger, registry, clock, publisher = store.ledger, store.registry, store.clock, broker.publisher
     enrolling = Enrollment(registry, clock, authority.fingerprint(certificate))
 
     async def ready() -> Mapping[str, str]:

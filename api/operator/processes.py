@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 # Runs a command inside another userland. Everything is mounted in a private namespace, so nothing is left on the host
@@ -82,29 +83,24 @@ class Child:
         self._argv = [tool("setpriv", "util-linux"), f"--pdeathsig={death_signal.name[3:]}", *argv]
         self._environment = dict(environment)
         self._output = output
-        self._process: subprocess.Popen[bytes] | None = None
-        self._failure: OSError | None = None
-        started = threading.Event()
+        started: Future[subprocess.Popen[bytes]] = Future()
         threading.Thread(target=self._keep, args=(started,), name=f"keeper of {argv[0]}", daemon=True).start()
-        started.wait()
-        if self._failure is not None:
-            raise self._failure
+        self._process = started.result()
 
     @property
     def pid(self) -> int:
         """The process id; also the id of its process group and session."""
-        assert self._process is not None
         return self._process.pid
 
     @property
     def running(self) -> bool:
         """Whether it has not ended yet."""
-        return self._process is not None and self._process.poll() is None
+        return self._process.poll() is None
 
     @property
     def returncode(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
-        return None if self._process is None else self._process.poll()
+        return self._process.poll()
 
     def stop(self, first: signal.Signals, patience: float) -> None:
         """Send `first`, wait `patience` seconds for the end, then kill the whole group. Does nothing twice."""
@@ -123,17 +119,16 @@ class Child:
 
     def wait(self, timeout: float) -> bool:
         """Wait for the end; False if it still runs after `timeout` seconds."""
-        assert self._process is not None
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             return False
         return True
 
-    def _keep(self, started: threading.Event) -> None:
+    def _keep(self, started: "Future[subprocess.Popen[bytes]]") -> None:
         try:
             with self._output.open("ab") as output:
-                self._process = subprocess.Popen(
+                process = subprocess.Popen(  # noqa: S603 - argv comes from this package, no shell reads it
                     self._argv,
                     env=self._environment,
                     stdin=subprocess.DEVNULL,
@@ -142,11 +137,10 @@ class Child:
                     start_new_session=True,
                 )
         except OSError as error:
-            self._failure = error
-        finally:
-            started.set()
-        if self._process is not None:
-            self._process.wait()
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        process.wait()
 
 
 def marked(variable: str, value: str) -> list[int]:

@@ -17,7 +17,6 @@ from cryptography.x509 import DNSName, IPAddress, SubjectAlternativeName
 from api.operator import authority
 from api.operator.secrets import account_password, private_directory, replace_private, write_private
 from api.settings import Settings
-from fabric.clock import Clock
 from fabric.identity import scopes
 from fabric.identity.issued import LONGEST_LIFE, IssuedTokens
 from fabric.signing import SigningKey, signing_key
@@ -137,12 +136,11 @@ def _new_key() -> bytes:
 
 async def _operator_token(settings: Settings, files: Files) -> str:
     """A token with every scope, for whoever may read the state directory."""
-    store = open_store(settings.database)
+    store = await open_store(settings.database)
     try:
-        await store.start()
         tokens = IssuedTokens(
             store.registry,
-            Clock(store.ledger.time_offset),
+            store.clock,
             enrollment.issuer(settings.fabric),
             enrollment.api_audience(settings.fabric),
             load_signing_key(files.token_key),

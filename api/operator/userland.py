@@ -23,13 +23,13 @@ Log = Callable[[str], None]
 Version = tuple[int, int, int]
 
 # Older ones can't hold a device in its place: before 4.0.3 it can publish under another device's key, and before 4.2.6
-# (which 4.2 should be updated to) it can ask whether any mailbox exists.
-MINIMUM: Version = (4, 2, 0)
+# it can ask whether any mailbox exists.
+MINIMUM: Version = (4, 2, 6)
 SUITE = "forky"
 PACKAGES = ("rabbitmq-server", "postgresql")
 _RECIPE = 1  # change it when the way a userland is made changes: a new one is made then
 _PROGRESS_EVERY = 5.0  # seconds
-_REMEDY = "install RabbitMQ 4.2 or newer, or run as root on Linux so that a Debian userland can be prepared"
+_REMEDY = "install RabbitMQ 4.2.6 or newer, or run as root on Linux so that a Debian userland can be prepared"
 
 
 class UserlandError(Exception):
@@ -63,7 +63,7 @@ def find_binaries(configured: Path | None = None, *, log: Log) -> Binaries:
         log: gets a line for what was found, and every few seconds while the userland is prepared.
 
     Raises:
-        UserlandError: no broker of version 4.2 or newer can be had.
+        UserlandError: no broker of version 4.2.6 or newer can be had.
     """
     if configured is not None:
         return _configured(configured)
@@ -177,7 +177,7 @@ def _epmd(base: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    with path.open("a") as file:
+    with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -243,7 +243,7 @@ def _debootstrap(log: Log) -> str:
 
 def _run(what: str, command: Sequence[str], log: Log, environment: dict[str, str] | None = None) -> None:
     """Run it, with its latest line of output logged every few seconds; UserlandError with the last one if it fails."""
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603 - a fixed command, no shell reads it
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -263,8 +263,7 @@ def _run(what: str, command: Sequence[str], log: Log, environment: dict[str, str
     reporter = threading.Thread(target=report, daemon=True)
     reporter.start()
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in process.stdout or ():
             latest = line.strip()[:200] or latest
         status = process.wait()
     except BaseException:

@@ -6,8 +6,6 @@ from api.operator.secrets import account_password
 from api.settings import Settings
 from fabric.amqp.connection import Endpoint, Link
 from fabric.amqp.publisher import AmqpPublisher
-from fabric.clock import Clock
-from fabric.sql import Store, open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +32,3 @@ def broker(settings: Settings, account: str) -> Broker:
     publishing = Link(endpoint, f"{account} publishing")
     return Broker(publishing, Link(endpoint, f"{account} consuming"), AmqpPublisher(publishing))
 
-
-async def store(settings: Settings) -> tuple[Store, Clock]:
-    """The opened database, and the fabric's clock measured against it.
-
-    Raises:
-        FabricError: it can't be reached, or its tables are not current: run `restante migrate`.
-    """
-    opened = open_store(settings.database)
-    await opened.start()
-    clock = Clock(opened.ledger.time_offset)
-    await clock.synchronize()
-    return opened, clock

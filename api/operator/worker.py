@@ -13,9 +13,9 @@ from api.settings import Settings
 from fabric.amqp.consumer import Consumer
 from fabric.amqp.connection import Link
 from fabric.amqp.declarer import declare_topology
-from fabric.clock import MEASURE_EVERY, Clock
 from fabric.mail import Postman, Republisher
-from fabric.management import ManagementApi
+from fabric.management import ManagementClient
+from fabric.sql import open_store
 from fabric.uplink import Inbox
 from fabric.worker.claims import Claims
 from fabric.worker.clocks import Closures, Deadlines, Reconciler, Sequencer, keep_running
@@ -41,9 +41,9 @@ async def _serve(settings: Settings) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    store, clock = await wiring.store(settings)
+    store = await open_store(settings.database)
     broker = wiring.broker(settings, access.WORKER)
-    admin = ManagementApi(
+    admin = ManagementClient(
         settings.management_url, access.ADMIN, account_password(settings.state_dir, access.ADMIN)
     )
     came_back = asyncio.Event()
@@ -55,7 +55,7 @@ async def _serve(settings: Settings) -> None:
         came_back.set()
 
     broker.publishing.on_connect(prepare)
-    ledger, registry, publisher = store.ledger, store.registry, broker.publisher
+    ledger, registry, clock, publisher = store.ledger, store.registry, store.clock, broker.publisher
     recorder = Recorder(ledger, publisher)
     republisher = Republisher(ledger, Postman(ledger, publisher, clock), clock)
     gate = Gate(lambda: publisher.depth(names.REPORTS))
@@ -74,7 +74,6 @@ async def _serve(settings: Settings) -> None:
         "republisher": (_POLL, republisher.run_once),
         "sequencer": (_POLL, Sequencer(owner, ledger, publisher).run_once),
         "closures": (_POLL, Closures(registry, admin).run_once),
-        "clock": (MEASURE_EVERY, clock.synchronize),
     }
     try:
         await broker.start()

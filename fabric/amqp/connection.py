@@ -22,7 +22,7 @@ from aiormq.abc import AbstractChannel
 from yarl import URL
 
 from fabric.amqp import guard
-from fabric.errors import BrokerUnavailable, FabricError, Forbidden, NotFound, PreconditionFailed, Temporary
+from fabric.errors import BrokerUnavailable, FabricError, Temporary
 from topology import names
 
 CONNECT_TIMEOUT = 5.0  # seconds for TCP, TLS and the AMQP handshake
@@ -42,6 +42,21 @@ logging.getLogger("aiormq").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 OnConnect = Callable[["Link"], Awaitable[None]]
+
+
+class BrokerRefused(FabricError):
+    """The broker won't do what was asked: a right is missing. The installation is wrong, not a caller, so
+    this is none of the errors that a caller is told about."""
+
+    code = "broker-refused"
+
+
+class QueueMissing(BrokerRefused):
+    """There is no such queue, stream or exchange."""
+
+
+class Mismatched(BrokerRefused):
+    """It exists with other properties, or another connection has it for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +198,8 @@ class Link:
             if up and time.monotonic() - began > STEADY_AFTER:
                 failures = 0
             self._report(up=up, repeated=failures > 0)
+            if isinstance(self._failure, exceptions.ProbableAuthenticationError):
+                failures = 16  # nothing but a person changes that: the longest back-off at once
             self._notify()
             await asyncio.sleep(random.uniform(0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2**failures)))  # noqa: S311
             failures = min(failures + 1, 16)
@@ -280,7 +297,7 @@ async def call(what: str, request: Awaitable[T], limit: float = CALL_TIMEOUT) ->
     """`bounded`, with the fabric's errors.
 
     Raises:
-        NotFound, Forbidden, PreconditionFailed: the broker said so.
+        BrokerRefused: the broker said no; `QueueMissing` and `Mismatched` when it said why.
         BrokerUnavailable: anything else, a time-out included.
     """
     try:
@@ -290,11 +307,11 @@ async def call(what: str, request: Awaitable[T], limit: float = CALL_TIMEOUT) ->
     except TimeoutError as error:
         raise BrokerUnavailable(f"{what}: no answer within {limit:g} s") from error
     except exceptions.ChannelNotFoundEntity as error:
-        raise NotFound(f"{what}: {_capped(error)}") from error
+        raise QueueMissing(f"{what}: {_capped(error)}") from error
     except exceptions.ChannelAccessRefused as error:
-        raise Forbidden(f"{what}: {_capped(error)}") from error
+        raise BrokerRefused(f"{what}: {_capped(error)}") from error
     except (exceptions.ChannelPreconditionFailed, exceptions.ChannelLockedResource) as error:
-        raise PreconditionFailed(f"{what}: {_capped(error)}") from error
+        raise Mismatched(f"{what}: {_capped(error)}") from error
     except LIBRARY_ERRORS as error:
         raise BrokerUnavailable(f"{what}: {_capped(error)}") from error
 

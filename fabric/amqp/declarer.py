@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 from aiormq.abc import AbstractChannel
 
-from fabric.amqp.connection import Link, call
-from fabric.errors import FabricError, PreconditionFailed
+from fabric.amqp.connection import BrokerRefused, Link, Mismatched, call
 from topology import layout
 
 
-class TopologyMismatch(FabricError):
+class TopologyMismatch(BrokerRefused):
     """An exchange or queue exists, and differently: a person must decide what becomes of it."""
 
     code = "topology-mismatch"
@@ -40,7 +39,7 @@ async def declare_exchange(channel: AbstractChannel, exchange: layout.Exchange) 
     try:
         request = channel.exchange_declare(exchange.name, exchange_type=exchange.kind, durable=True)
         await call(f"declaring the exchange '{exchange.name}'", request)
-    except PreconditionFailed as error:
+    except Mismatched as error:
         raise TopologyMismatch(
             f"the exchange '{exchange.name}' exists with other properties than durable {exchange.kind}; "
             f"delete it, and it is declared anew with its bindings ({error})"
@@ -52,7 +51,7 @@ async def declare_queue(channel: AbstractChannel, queue: layout.Queue) -> int:
     try:
         request = channel.queue_declare(queue.name, durable=True, arguments=dict(queue.arguments))
         answer = await call(f"declaring the queue '{queue.name}'", request)
-    except PreconditionFailed as error:
+    except Mismatched as error:
         raise TopologyMismatch(
             f"the queue '{queue.name}' exists with other arguments than {dict(queue.arguments)}; empty and delete it "
             f"(a queue's arguments can't be changed), and it is declared anew ({error})"

@@ -5,6 +5,7 @@ What `topology.guard` refuses, or pamqp fails on, arrives as a message without p
 before they connect.
 """
 
+import functools
 import struct
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -65,7 +66,7 @@ def check() -> None:
 def _wrap(owner: type[_Method], guarded: Callable[[_Unmarshal], _Unmarshal]) -> None:
     original: _Unmarshal = owner.unmarshal
     if not hasattr(original, _MARK):
-        wrapper = guarded(original)
+        wrapper = functools.wraps(original)(guarded(original))
         setattr(wrapper, _MARK, True)
         setattr(owner, "unmarshal", wrapper)  # noqa: B010 - mypy refuses the plain assignment to a method
 

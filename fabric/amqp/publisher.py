@@ -12,8 +12,8 @@ from aiormq import exceptions
 from aiormq.abc import AbstractChannel
 
 from fabric.amqp import convert, declarer
-from fabric.amqp.connection import LIBRARY_ERRORS, Link, call, quietly
-from fabric.errors import BrokerUnavailable, NoMailbox, NotFound, PublishFailed
+from fabric.amqp.connection import LIBRARY_ERRORS, Link, QueueMissing, call, quietly
+from fabric.errors import BrokerUnavailable, NoMailbox, PublishFailed
 from topology.layout import Binding, Queue
 from topology.wire import Message
 
@@ -112,7 +112,7 @@ class AmqpPublisher:
         try:
             async with self._requests() as channel:
                 answer = await call(f"asking for the queue '{queue}'", channel.queue_declare(queue, passive=True))
-        except NotFound:
+        except QueueMissing:
             return None
         return answer.message_count or 0
 

@@ -39,7 +39,7 @@ class AmqpStreamReader:
         The deliveries need no ack.
 
         Raises:
-            NotFound: no such stream (on entry).
+            QueueMissing: no such stream (on entry).
             BrokerUnavailable: the broker can't be reached (on entry), or the link was stopped (while reading).
         """
         reading = _Reading(self._link, stream, offset)

@@ -76,9 +76,7 @@ class Fold:
         for write in writes:
             if isinstance(write, Accept) and (error := self._refusal(write.command)) is not None:
                 return error
-        return [
-            self._accept(write.command) if isinstance(write, Accept) else self._change(write) for write in writes
-        ]
+        return [self._accept(write.command) if isinstance(write, Accept) else self._change(write) for write in writes]
 
     def step(self, id: CommandId, event: Event) -> Step:
         """Step a command that is held."""

@@ -3,18 +3,15 @@
 One thread writes: whatever was submitted while the last transaction ran goes into the next one.
 """
 
-import asyncio
-import contextlib
-import logging
 import random
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
 from fabric.batch import Batcher
 from fabric.command import WAITING, Command, Micros, State
-from fabric.errors import FabricError, LedgerUnavailable
+from fabric.errors import LedgerUnavailable
 from fabric.model import Accept, LogRow, Mailbox, QuarantineRow, Result, TimelineRow, Write
 from fabric.sql import log as event_log
 from fabric.sql import rows, schema
@@ -22,10 +19,7 @@ from fabric.sql.engine import Database
 from fabric.sql.fold import Fold, Stale, are_stored, padded
 from topology.names import CommandId, DeviceId
 
-log = logging.getLogger(__name__)
-
 READS = 5  # of one batch, before a row that keeps changing under it is given up
-MEASURE_EVERY = 30.0  # seconds between measurements of the database's clock
 QUARANTINED_BODY = 4096  # bytes
 QUARANTINED_ROWS = 100  # per device, and for unknown devices together
 
@@ -36,37 +30,23 @@ class SqlLedger:
     """The commands of one fabric.
 
     Args:
-        clock: this process's time in microseconds; the offset to the database's clock is added to it.
+        clock: the time in microseconds on the database's clock, as `fabric.clock.Clock` keeps it.
         jitter: gives numbers from 0 to 1, for the back-off of retries.
     """
 
     def __init__(
-        self,
-        database: Database,
-        *,
-        clock: Callable[[], Micros] = lambda: time.time_ns() // 1000,
-        jitter: Callable[[], float] = random.random,
+        self, database: Database, clock: Callable[[], Micros], *, jitter: Callable[[], float] = random.random
     ) -> None:
-        self._database, self._clock, self._jitter = database, clock, jitter
-        self._offset: Micros = 0
+        self._database, self._now, self._jitter = database, clock, jitter
         self._batcher: Batcher[_Group, list[Result]] = Batcher(self._flush, weigh=len)
-        self._measuring: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Measure the clock and take writes. Raises `LedgerUnavailable`."""
-        if self._measuring is not None:
-            return
-        self._offset = await self.time_offset()
+    def start(self) -> None:
+        """Take writes, in the running event loop."""
         self._batcher.start()
-        self._measuring = asyncio.create_task(self._measure(), name="database-clock")
 
     async def close(self) -> None:
         """Commit what was submitted, then stop; the database stays open. Closing twice is closing once."""
         await self._batcher.stop()
-        if self._measuring is not None:
-            self._measuring.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._measuring
 
     # ---- Writing ---------------------------------------------------------------------------------------
 
@@ -189,19 +169,8 @@ class SqlLedger:
             raise LedgerUnavailable("The database has no incarnation; run `restante migrate`.")
         return str(found[0].value)
 
-    async def _all(self, query: sa.Select[*tuple[object, ...]], parameters: Mapping[str, object]) -> Sequence[sa.Row[*tuple[object, ...]]]:
+    async def _all(self, query: sa.Select[Any], parameters: rows.Row) -> Sequence["sa.Row[Any]"]:
         return await self._database.read(lambda connection: connection.execute(query, parameters).all())
-
-    def _now(self) -> Micros:
-        return self._clock() + self._offset
-
-    async def _measure(self) -> None:
-        while True:
-            await asyncio.sleep(MEASURE_EVERY)
-            try:
-                self._offset = await self.time_offset()
-            except FabricError as error:
-                log.debug("clock.unmeasured error=%s", error)
 
     async def _flush(self, groups: Sequence[_Group]) -> list[list[Result] | Exception]:
         return await self._database.write_batch(lambda: self._write(groups))

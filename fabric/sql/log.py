@@ -65,9 +65,7 @@ _LOOK = sa.select(
 ).where(_leases.name == SEQUENCER)
 _TAKE = (
     sa.update(schema.leases)
-    .where(
-        _leases.name == SEQUENCER, sa.or_(_leases.owner == sa.bindparam("by"), _leases.until <= sa.bindparam("now"))
-    )
+    .where(_leases.name == SEQUENCER, sa.or_(_leases.owner == sa.bindparam("by"), _leases.until <= sa.bindparam("now")))
     .values(owner=sa.bindparam("by"), until=sa.bindparam("ends"))
     .returning(_leases.position, _leases.published)
 )
@@ -79,7 +77,7 @@ _fresh = (
     .where(_events.position.is_(None))
     .order_by(_events.id)
     .limit(sa.bindparam("limit"))
-    .cte("fresh")
+    .subquery("fresh")  # not a CTE: Python's sqlite3 counts rows only of statements that start with UPDATE
 )
 _NUMBER = sa.update(schema.events).where(_events.id == _fresh.c.id).values(position=_fresh.c.next)
 _GIVEN = sa.update(schema.leases).where(_leases.name == SEQUENCER).values(position=sa.bindparam("to"))

@@ -17,10 +17,13 @@ STATES: Final = tuple(state.value for state in State)
 
 class CleanText(TypeDecorator[str]):
     """Text that any database takes: PostgreSQL refuses NUL, every driver refuses lone surrogates. Both become
-    U+FFFD, on the way in and in comparisons alike."""
+    U+FFFD, on the way in and in comparisons alike. It sorts by code point on both databases."""
 
     impl = sa.Text
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[str]:
+        return dialect.type_descriptor(sa.Text(collation="C") if dialect.name == "postgresql" else sa.Text())
 
     def process_bind_param(self, value: str | None, dialect: sa.Dialect) -> str | None:  # noqa: ARG002 - SQLAlchemy's signature
         return value if value is None else clean(value)

@@ -1,0 +1,43 @@
+"""The device of the benchmark: the real agent, as a process of its own, with a handler that does nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from api.operator.stack import Stack
+
+HANDLERS = '''
+from device_agent import Agent
+
+agent = Agent()
+
+
+@agent.command("noop")
+def noop() -> None:
+    pass
+'''
+
+
+class Agent:
+    """An enrolled agent that runs until `stop`."""
+
+    def __init__(self, home: Path, stack: Stack, ticket: str) -> None:
+        home.mkdir(mode=0o700)
+        handlers = home / "handlers.py"
+        handlers.write_text(HANDLERS)
+        self._state = home / "state"
+        subprocess.run(  # noqa: S603 - our own agent
+            self._argv("enroll", "--api-url", stack.settings.api_url),
+            input=ticket.encode(), check=True, timeout=60, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        with (home / "agent.log").open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603 - our own agent
+                self._argv("run", "--handlers", str(handlers)), stdout=log, stderr=log
+            )
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+
+    def _argv(self, name: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "device_agent.cli", name, "--state-dir", str(self._state), *arguments]

@@ -1,0 +1,134 @@
+"""Receipts and outcomes on their way to the fabric: an outcome is sent until the broker confirms it.
+
+The journal is the queue; only what is in flight is in memory. Runs on the I/O thread.
+"""
+
+import random
+from collections import deque
+
+from device_agent import log
+from device_agent.journal import Journal
+from device_agent.link import Link
+from topology import names, wire
+
+WINDOW = 100  # outcomes in flight
+MAX_PASSING = 500  # answers about mail that is in no journal (junk): kept in memory only
+RETRY_BASE = 0.2  # seconds: bound of the first delay after a nack, doubled with each in a row
+RETRY_MAX = 10.0  # seconds
+FLUSH_AFTER = 1.0  # seconds that confirmed outcomes may wait to be marked, if no other write takes them along
+
+
+class Reporter:
+    """Sends outcomes, from the journal and about junk; `idle` tells when nothing is left to be confirmed."""
+
+    def __init__(self, link: Link, journal: Journal, device: names.DeviceId) -> None:
+        self._link = link
+        self._journal = journal
+        self._device = device
+        self._in_flight: set[names.CommandId] = set()
+        self._backlog = True  # the journal may hold outcomes that are not in flight
+        self._passing: deque[wire.Outcome] = deque()
+        self._nacks = 0
+        self._retry_pending = False
+        self._flush_pending = False
+
+    @property
+    def idle(self) -> bool:
+        return not self._in_flight and not self._backlog and not self._passing
+
+    def link_up(self) -> None:
+        self._backlog = True
+        self._nacks = 0
+        self.pump()
+
+    def outcome(self, outcome: wire.Outcome) -> None:
+        """Send an outcome that is in the journal."""
+        if outcome.command in self._in_flight:
+            return
+        if self._backlog or len(self._in_flight) >= WINDOW:
+            self._backlog = True
+        elif not self._publish(outcome, journaled=True):
+            self._backlog = True
+            self._retry()
+
+    def passing(self, outcome: wire.Outcome) -> None:
+        """Send an answer about mail that is in no journal. Lost with the process; the ledger's clock covers it."""
+        if not self._publish(outcome, journaled=False):
+            if len(self._passing) >= MAX_PASSING:
+                log.warning("report.dropped", command=outcome.command, because="too many answers wait")
+                return
+            self._passing.append(outcome)
+            self._retry()
+
+    def receipt(self, receipt: wire.Receipt) -> None:
+        """Send a receipt once; `Mailbox` says it again after a reconnect while the command still runs."""
+        self._link.publish(names.receipt_key(self._device), wire.encode_receipt(receipt, self._device), None)
+
+    def again(self) -> None:
+        """Look at the journal again: outcomes in it may have become unreported."""
+        self._backlog = True
+        self.pump()
+
+    def pump(self) -> None:
+        while self._passing and self._link.up:
+            if not self._publish(self._passing[0], journaled=False):
+                self._retry()
+                return
+            self._passing.popleft()
+        if not self._backlog or not self._link.up or self._retry_pending:
+            return
+        room = WINDOW - len(self._in_flight)
+        if room <= 0:
+            return
+        waiting = self._journal.unreported(room, self._in_flight)
+        self._backlog = len(waiting) == room
+        for outcome in waiting:
+            if not self._publish(outcome, journaled=True):
+                self._backlog = True
+                self._retry()
+                return
+
+    def _publish(self, outcome: wire.Outcome, *, journaled: bool) -> bool:
+        def done(confirmed: bool) -> None:
+            if journaled:
+                self._settled(outcome.command, confirmed)
+            elif not confirmed and len(self._passing) < MAX_PASSING:
+                self._passing.append(outcome)
+                self._retry()
+
+        message = wire.encode_outcome(outcome, self._device)
+        sent = self._link.publish(names.outcome_key(self._device), message, done)
+        if sent and journaled:
+            self._in_flight.add(outcome.command)
+        return sent
+
+    def _settled(self, command: names.CommandId, confirmed: bool) -> None:
+        self._in_flight.discard(command)
+        if confirmed:
+            self._nacks = 0
+            self._journal.reported(command)
+            if not self._flush_pending:
+                self._flush_pending = True
+                self._link.later(FLUSH_AFTER, self._flush)
+            if self._backlog:
+                self.pump()
+        else:
+            self._backlog = True
+            self._retry()
+
+    def _retry(self) -> None:
+        """After a nack or without room: later, with back-off. Without a connection `link_up` is what comes next."""
+        if self._retry_pending or not self._link.up:
+            return
+        self._retry_pending = True
+        bound = min(RETRY_MAX, RETRY_BASE * 2.0 ** min(self._nacks, 16))
+        self._nacks += 1
+        self._link.later(random.random() * bound, self._retry_now)  # noqa: S311 - jitter
+
+    def _retry_now(self) -> None:
+        self._retry_pending = False
+        self.pump()
+
+    def _flush(self) -> None:
+        self._flush_pending = False
+        self._journal.flush()

@@ -1,0 +1,196 @@
+"""A running agent: its parts put together, started, and stopped in order."""
+
+import fcntl
+import os
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from device_agent import clock, errors, files, guard, handlers, identity, journal, log, telemetry
+from device_agent.control import ControlServer
+from device_agent.executables import Executables
+from device_agent.greeting import Greeter
+from device_agent.link import Link, Mail
+from device_agent.mailbox import Mailbox
+from device_agent.reports import Reporter
+from device_agent.runner import Runner
+from device_agent.system import SystemReporter
+from topology import wire
+
+LOCK_FILE = "agent.lock"
+MAX_SLOTS = 64
+REPORT_GRACE = 5.0  # seconds a stopping agent waits for its last confirms; the journal keeps what stays unsent
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run. `system_interval` is in seconds, 0 switches the channel off."""
+
+    state_dir: Path
+    slots: int = 1
+    commands_dir: Path | None = None
+    system_interval: float = 0.0
+
+
+class Runtime:
+    """One device's agent. `start` returns at once; the connection comes and goes by itself until `stop`."""
+
+    def __init__(self, settings: Settings, python: handlers.PythonHandlers) -> None:
+        """Check everything that can be checked without the network.
+
+        Raises:
+            errors.NotEnrolled, errors.StateRefused, errors.JournalRefused, errors.Unguarded,
+            errors.BadHandler, errors.AlreadyRunning, errors.InvalidValue
+        """
+        if not 1 <= settings.slots <= MAX_SLOTS:
+            raise errors.InvalidValue(f"slots must be 1 to {MAX_SLOTS}")
+        guard.check()
+        files.private_directory(settings.state_dir)
+        self._identity = identity.load(settings.state_dir)
+        sources: list[handlers.Source] = [python]
+        if settings.commands_dir is not None:
+            sources.append(Executables(settings.commands_dir))
+        self._lock = _lock(settings.state_dir)
+        try:
+            self._journal = journal.open_journal(settings.state_dir)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        device = self._identity.device
+        self._clock = clock.FabricClock()
+        self._link = Link(self._identity, lambda: self._greeter.now(), self)
+        self._greeter = Greeter(self._link, self._journal, self._clock, device, version(), self._welcomed)
+        self._reporter = Reporter(self._link, self._journal, device)
+        self._runner = Runner(settings.slots, python)
+        self._telemetry = telemetry.Telemetry(self._link, device)
+        self._mailbox = Mailbox(
+            identity=self._identity,
+            link=self._link,
+            journal=self._journal,
+            clock=self._clock,
+            reporter=self._reporter,
+            runner=self._runner,
+            sources=sources,
+            slots=settings.slots,
+            emptied=lambda: None,
+        )
+        self._control = ControlServer(settings.state_dir, self._status, self.offer)
+        self._system = (
+            SystemReporter(settings.system_interval, settings.state_dir, self.publish)
+            if settings.system_interval > 0
+            else None
+        )
+        self._stop_asked = threading.Event()
+        self._ended = False
+
+    def start(self) -> None:
+        log.info("agent.starting", device=self._identity.device, agent=self._journal.agent, version=version())
+        self._runner.start()
+        self._control.start()
+        self._link.start()
+        if self._system is not None:
+            self._system.start()
+
+    def publish(self, channel: str, value: object, content_type: str | None = None) -> "Future[None]":
+        """See `Agent.publish`."""
+        body, kind = telemetry.encode(value, content_type)
+        return self.offer(channel, body, kind, None)
+
+    def offer(self, channel: str, body: bytes, content_type: str, at: int | None) -> "Future[None]":
+        return self._telemetry.offer(channel, body, content_type, self._greeter.now() if at is None else at)
+
+    def ask_stop(self) -> None:
+        """Wake `wait`; may be called from a signal handler, and twice."""
+        self._stop_asked.set()
+
+    def wait(self) -> None:
+        """Block until `ask_stop`."""
+        self._stop_asked.wait()
+
+    def stop(self) -> None:
+        """Fetch no more, finish what is in hand within its time, report it, and close. Twice is once."""
+        if self._ended:
+            return
+        self._ended = True
+        log.info("agent.stopping")
+        if self._system is not None:
+            self._system.stop()
+        stopping: Future[float] = Future()
+        self._link.call(lambda: stopping.set_result(self._stop_fetching()))
+        deadline = time.monotonic() + stopping.result(10)
+        self._wait_until(lambda: self._mailbox.in_hand == 0, deadline)
+        if self._mailbox.in_hand:
+            log.warning("agent.abandons", commands=self._mailbox.in_hand, because="their response time is over")
+        self._wait_until(lambda: not self._link.up or (self._reporter.idle and self._telemetry.idle), time.monotonic() + REPORT_GRACE)
+        self._link.call(self._link.stop)
+        self._link.join(10)
+        self._control.stop()
+        self._runner.stop()
+        with suppress(errors.JournalRefused):
+            self._journal.close()
+        os.close(self._lock)
+        log.info("agent.stopped")
+
+    # What the link tells, on its thread.
+
+    def link_up(self) -> None:
+        self._greeter.link_up()
+        self._mailbox.link_up()
+        self._reporter.link_up()
+        self._telemetry.pump()
+
+    def link_down(self) -> None:
+        self._greeter.link_down()
+        self._mailbox.link_down()
+
+    def mail(self, mail: Mail) -> None:
+        self._mailbox.take(mail)
+
+    def answer(self, message: wire.Message) -> None:
+        try:
+            if message.type == "welcome":
+                self._greeter.answer(message)
+            elif message.type == "claim-answer":
+                self._mailbox.claim_answered(message)
+            else:
+                log.warning("answer.unknown", type=message.type)
+        except wire.Malformed as error:
+            log.warning("answer.malformed", because=str(error))
+        except errors.JournalRefused as error:
+            self._mailbox.journal_failed(error)
+
+    def _welcomed(self, changed: bool) -> None:
+        if changed:
+            self._reporter.again()
+        self._mailbox.welcomed()
+
+    def _stop_fetching(self) -> float:
+        self._mailbox.stop_fetching()
+        return self._mailbox.longest_remaining
+
+    def _wait_until(self, condition: object, deadline: float) -> None:
+        raise NotImplementedError
+
+    def _status(self) -> dict[str, object]:
+        raise NotImplementedError
+
+
+def version() -> str:
+    try:
+        return metadata.version("restante")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def _lock(state_dir: Path) -> int:
+    descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise errors.AlreadyRunning(f"an agent runs on {state_dir} already; stop it first") from error
+    return descriptor
