@@ -27,7 +27,7 @@ _CREDENTIALS = re.compile(
 _BLOT = "[redacted]"
 
 
-def setup(level: str, *, as_json: bool = False, stream: TextIO | None = None) -> None:
+def configure(level: str, *, as_json: bool = False, stream: TextIO | None = None) -> None:
     """Send everything that is logged to `stream` (standard error), from `level` up. Replaces earlier handlers."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(Formatter(as_json=as_json))
@@ -64,7 +64,8 @@ class Formatter(logging.Formatter):
         trace = [clean(line) for line in _traceback(record)]
         if self._as_json:
             line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "event": event}
-            return json.dumps(line | ({"request": request} if request else {}) | ({"traceback": trace} if trace else {}))
+            more = {name: value for name, value in (("request", request), ("traceback", trace)) if value}
+            return json.dumps(line | more)
         head = f"{at} {record.levelname:<7} {record.name} {event}" + (f" request={request}" if request else "")
         return "\n".join([head, *(f"  | {line}" for line in trace)])
 

@@ -49,8 +49,9 @@ TITLES: Final[Mapping[str, tuple[int, str]]] = {
 }
 """Each problem's code, the last part of its `type`, with its status and title."""
 
-_BY_STATUS: Final = {404: "not-found", 405: "method-not-allowed", 406: "not-acceptable", 415: "unsupported-media-type"}
-_NOT_OURS: Final = "Nothing is wrong with the request. Report it with the request id in 'instance'; trying again may help."
+_NOT_OURS: Final = (
+    "Nothing is wrong with the request. Report it with the request id in 'instance'; trying again may help."
+)
 
 
 class Problem(Exception):
@@ -176,12 +177,12 @@ def _as_problem(error: Exception) -> Problem:
 
 def _of_http(error: HTTPException) -> Problem:
     """What Starlette's router refuses."""
-    details = {
-        404: "There is nothing at this path; the OpenAPI document at /openapi.json lists what there is.",
-        405: "The header 'Allow' lists the methods that this resource has.",
-    }
-    code = _BY_STATUS.get(error.status_code, "internal" if error.status_code >= 500 else "bad-request")
-    return Problem(code, details.get(error.status_code, str(error.detail)), headers=error.headers)
+    if error.status_code == 404:
+        return Problem(
+            "not-found", "There is nothing at this path; the OpenAPI document at /openapi.json lists what there is."
+        )
+    code = "internal" if error.status_code >= 500 else "bad-request"
+    return Problem(code, str(error.detail), headers=error.headers)
 
 
 def _away(error: errors.Temporary) -> str:

@@ -3,7 +3,6 @@
 A name or value that is not understood is an error, and nothing starts.
 """
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -60,20 +59,19 @@ class Settings:
         return self.database_url or f"sqlite:///{self.state_dir.resolve() / 'ledger.sqlite'}"
 
 
-def load(environment: Mapping[str, str] | None = None, **overrides: object) -> Settings:
-    """The settings of this process.
+def load(environment: Mapping[str, str], overrides: Mapping[str, object] | None = None) -> Settings:
+    """The settings of this process; `overrides` are those of its command line.
 
     Raises:
         BadSettings: an unknown name, or a value of the wrong form.
     """
-    given = os.environ if environment is None else environment
     values: dict[str, object] = {}
-    if given.get(CONFIG):
-        values.update(_from_file(Path(given[CONFIG])))
-    for name, text in given.items():
+    if environment.get(CONFIG):
+        values.update(_from_file(Path(environment[CONFIG])))
+    for name, text in environment.items():
         if name.startswith(PREFIX) and name not in _OTHERS:
             values[name.removeprefix(PREFIX).lower()] = text
-    values.update(overrides)
+    values.update(overrides or {})
     known = {field.name: field.type for field in fields(Settings)}
     checked: dict[str, object] = {}
     for name, value in values.items():

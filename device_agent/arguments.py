@@ -18,7 +18,13 @@ from topology import wire
 
 _SHOWN = 40  # characters of a wrong value in an error text
 
-_PLAIN: dict[object, str] = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+_PLAIN: dict[object, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 class BadArguments(ValueError):
@@ -84,7 +90,9 @@ def inspect_handler(function: Callable[..., Any], name: str) -> Signature:
             if parameter.default is parameter.empty:
                 required.add(parameter.name)
     if raw is not None and kinds:
-        raise errors.BadHandler(f"the handler for {name} takes the raw body ('{raw}'), so it can take no other argument")
+        raise errors.BadHandler(
+            f"the handler for {name} takes the raw body ('{raw}'), so it can take no other argument"
+        )
     return Signature(kinds, frozenset(required), raw, context)
 
 
@@ -114,7 +122,9 @@ def convert(value: object, hint: object, where: str) -> object:
             return value
     elif hint is list or origin is list:
         if isinstance(value, list):
-            return [convert(item, inner[0], f"{where}[{index}]") for index, item in enumerate(value)] if inner else value
+            return (
+                [convert(item, inner[0], f"{where}[{index}]") for index, item in enumerate(value)] if inner else value
+            )
     elif (hint is dict or origin is dict) and isinstance(value, dict):
         if not inner:
             return value

@@ -11,7 +11,7 @@ import socket
 import threading
 from base64 import b64decode, b64encode
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ class ControlServer:
     def start(self) -> None:
         """Raises `errors.StateRefused`."""
         if len(os.fsencode(self._path)) > _PATH_LIMIT:
-            raise errors.StateRefused(f"the path {self._path} is too long for a unix socket; use a shorter state directory")
+            raise errors.StateRefused(
+                f"the path {self._path} is too long for a unix socket; use a shorter state directory"
+            )
         self._path.unlink(missing_ok=True)  # the caller holds the directory's lock: nobody serves it
         server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
@@ -102,6 +104,8 @@ class ControlServer:
                 "error": errors.NotConfirmed.code,
                 "text": f"the broker has not confirmed it within {CONFIRM_TIMEOUT:g} s; the agent goes on trying",
             }
+        except CancelledError:
+            return {"error": errors.NotConfirmed.code, "text": "the agent is stopping"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return {"error": errors.InvalidValue.code, "text": f"not a request: {type(error).__name__}"}
         return {"ok": True}

@@ -75,7 +75,9 @@ def parse_url(api_url: str) -> Service:
         parts = urlsplit(api_url.strip())
         port = parts.port or 443
     except ValueError:
-        raise errors.InvalidValue("the address of the service is not a URL such as https://gateway.example:8443") from None
+        raise errors.InvalidValue(
+            "the address of the service is not a URL such as https://gateway.example:8443"
+        ) from None
     if parts.scheme != "https" or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise errors.InvalidValue("the address of the service must look like https://gateway.example:8443")
     return Service(parts.hostname, port, parts.path.rstrip("/"))
@@ -90,7 +92,9 @@ def fetch_authority(service: Service, digest: bytes) -> str:
     """
     status, body = _exchange(service, tls.unverified(), "GET", "/v1/authority", None)
     if status != http.client.OK:
-        raise errors.BadAnswer(f"{service.url}/v1/authority answered {status} instead of a certificate; check the address")
+        raise errors.BadAnswer(
+            f"{service.url}/v1/authority answered {status} instead of a certificate; check the address"
+        )
     pem = _one_certificate(body)
     if sha256(ssl.PEM_cert_to_DER_cert(pem)).digest() != digest:
         raise errors.WrongAuthority(
@@ -172,7 +176,9 @@ def _json_object(body: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _exchange(service: Service, context: ssl.SSLContext, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+def _exchange(
+    service: Service, context: ssl.SSLContext, method: str, path: str, body: bytes | None
+) -> tuple[int, bytes]:
     """One request on a connection of its own: no redirects, a bounded answer, a deadline."""
     connection = http.client.HTTPSConnection(service.host, service.port, timeout=TIMEOUT, context=context)
     headers = {"Accept": "application/json" if body else "application/x-pem-file", "Connection": "close"}

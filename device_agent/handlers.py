@@ -145,7 +145,9 @@ class _PythonJob:
             return failed(str(error) or "failed")
         except BaseException as error:  # noqa: BLE001 - whatever a handler raises, SystemExit too, is its outcome
             log.warning("handler.raised", command=context.id, name=context.command.name, error=type(error).__name__)
-            log.debug("handler.traceback", command=context.id, traceback="".join(traceback.format_exception(error))[-2000:])
+            log.debug(
+                "handler.traceback", command=context.id, traceback="".join(traceback.format_exception(error))[-2000:]
+            )
             text = str(error)
             return failed(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 

@@ -118,7 +118,9 @@ def load_key(state_dir: Path) -> DeviceKey:
     try:
         private = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError) as error:
-        raise errors.StateRefused(f"{path} is no private key; restore it, or enroll anew in an empty directory") from error
+        raise errors.StateRefused(
+            f"{path} is no private key; restore it, or enroll anew in an empty directory"
+        ) from error
     if not isinstance(private, ec.EllipticCurvePrivateKey) or not isinstance(private.curve, ec.SECP256R1):
         raise errors.StateRefused(f"{path} is not a P-256 key; restore it, or enroll anew in an empty directory")
     return _device_key(private)

@@ -193,7 +193,9 @@ class Link:
         if epoch == self._epoch and self._connection is not None:
             self._connection.add_on_connection_blocked_callback(lambda *_: log.warning("link.blocked"))
             self._connection.add_on_connection_unblocked_callback(lambda *_: log.info("link.unblocked"))
-            self._uplink = self._connection.channel(on_open_callback=lambda channel: self._prepare_uplink(channel, epoch))
+            self._uplink = self._connection.channel(
+                on_open_callback=lambda channel: self._prepare_uplink(channel, epoch)
+            )
 
     def _prepare_uplink(self, channel: Any, epoch: int) -> None:
         self._next_tag = 1
@@ -228,7 +230,11 @@ class Link:
 
     def _confirmed(self, frame: Any) -> None:
         method = frame.method
-        tags = [tag for tag in self._unconfirmed if tag <= method.delivery_tag] if method.multiple else [method.delivery_tag]
+        tags = (
+            [tag for tag in self._unconfirmed if tag <= method.delivery_tag]
+            if method.multiple
+            else [method.delivery_tag]
+        )
         for tag in tags:
             done = self._unconfirmed.pop(tag, None)
             if done is not None:

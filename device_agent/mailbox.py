@@ -7,7 +7,6 @@ is on its way (the grant is the pick-up, so no more is claimed than can start).
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_agent import errors, handlers, log, pickup
@@ -56,9 +55,7 @@ class Mailbox:
         runner: Runner,
         sources: list[handlers.Source],
         slots: int,
-        emptied: Callable[[], None],
     ) -> None:
-        """`emptied` is called whenever the last command in hand has ended."""
         self._identity = identity
         self._link = link
         self._journal = journal
@@ -67,7 +64,6 @@ class Mailbox:
         self._runner = runner
         self._sources = sources
         self._slots = slots
-        self._emptied = emptied
         self._waiting: deque[_Waiting] = deque()  # bounded by the prefetch
         self._claiming: dict[names.CommandId, _Waiting] = {}
         self._claims: dict[str, tuple[names.CommandId, ...]] = {}
@@ -227,8 +223,6 @@ class Mailbox:
         else:
             self._reporter.outcome(outcome)
         self._pump()
-        if not self._in_hand:
-            self._emptied()
 
     def _refused(self, waiting: _Waiting, reason: str) -> None:
         meaning = pickup.refused(reason)

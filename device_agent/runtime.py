@@ -4,11 +4,13 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from device_agent import clock, errors, files, guard, handlers, identity, journal, log, telemetry
 from device_agent.control import ControlServer
@@ -21,9 +23,12 @@ from device_agent.runner import Runner
 from device_agent.system import SystemReporter
 from topology import wire
 
+T = TypeVar("T")
+
 LOCK_FILE = "agent.lock"
 MAX_SLOTS = 64
 REPORT_GRACE = 5.0  # seconds a stopping agent waits for its last confirms; the journal keeps what stays unsent
+STATUS_TIMEOUT = 5.0  # seconds for the I/O thread to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class Runtime:
             raise
         device = self._identity.device
         self._clock = clock.FabricClock()
-        self._link = Link(self._identity, lambda: self._greeter.now(), self)
+        self._link = Link(self._identity, self._now, self)
         self._greeter = Greeter(self._link, self._journal, self._clock, device, version(), self._welcomed)
         self._reporter = Reporter(self._link, self._journal, device)
         self._runner = Runner(settings.slots, python)
@@ -76,7 +81,6 @@ class Runtime:
             runner=self._runner,
             sources=sources,
             slots=settings.slots,
-            emptied=lambda: None,
         )
         self._control = ControlServer(settings.state_dir, self._status, self.offer)
         self._system = (
@@ -120,12 +124,15 @@ class Runtime:
         if self._system is not None:
             self._system.stop()
         stopping: Future[float] = Future()
-        self._link.call(lambda: stopping.set_result(self._stop_fetching()))
+        self._link.call(lambda: _fulfil(stopping, self._stop_fetching))
         deadline = time.monotonic() + stopping.result(10)
-        self._wait_until(lambda: self._mailbox.in_hand == 0, deadline)
+        _wait_until(lambda: self._mailbox.in_hand == 0, deadline)
         if self._mailbox.in_hand:
             log.warning("agent.abandons", commands=self._mailbox.in_hand, because="their response time is over")
-        self._wait_until(lambda: not self._link.up or (self._reporter.idle and self._telemetry.idle), time.monotonic() + REPORT_GRACE)
+        _wait_until(
+            lambda: not self._link.up or (self._reporter.idle and self._telemetry.idle),
+            time.monotonic() + REPORT_GRACE,
+        )
         self._link.call(self._link.stop)
         self._link.join(10)
         self._control.stop()
@@ -163,6 +170,9 @@ class Runtime:
         except errors.JournalRefused as error:
             self._mailbox.journal_failed(error)
 
+    def _now(self) -> int:
+        return self._greeter.now()
+
     def _welcomed(self, changed: bool) -> None:
         if changed:
             self._reporter.again()
@@ -172,11 +182,22 @@ class Runtime:
         self._mailbox.stop_fetching()
         return self._mailbox.longest_remaining
 
-    def _wait_until(self, condition: object, deadline: float) -> None:
-        raise NotImplementedError
-
     def _status(self) -> dict[str, object]:
-        raise NotImplementedError
+        """What `restante-agent status` shows; from a control client's thread."""
+        answer: Future[dict[str, object]] = Future()
+        self._link.call(lambda: _fulfil(answer, self._gather_status))
+        return answer.result(STATUS_TIMEOUT)
+
+    def _gather_status(self) -> dict[str, object]:
+        error = self._link.last_error
+        return {
+            "running": True,
+            "connected": self._link.up,
+            "last_error": None if error is None else {"code": error.code, "text": str(error)},
+            "fabric_time": self._clock.now(),
+            "commands_in_hand": self._mailbox.in_hand,
+            "journal": self._journal.counts(),
+        }
 
 
 def version() -> str:
@@ -194,3 +215,15 @@ def _lock(state_dir: Path) -> int:
         os.close(descriptor)
         raise errors.AlreadyRunning(f"an agent runs on {state_dir} already; stop it first") from error
     return descriptor
+
+
+def _wait_until(condition: Callable[[], bool], deadline: float) -> None:
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)  # only while stopping: nothing waits for it but the end
+
+
+def _fulfil(future: "Future[T]", function: Callable[[], T]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:  # noqa: BLE001 - it is raised again where the result is awaited
+        future.set_exception(error)

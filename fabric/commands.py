@@ -1,7 +1,7 @@
 """Commands as their issuers see them: accepted, awaited, read."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 
 from fabric import ids
@@ -55,7 +55,7 @@ class Commands:
         waiters: Waiters,
         clock: Clock,
         key: SigningKey,
-        start: Callable[[Awaitable[None]], "asyncio.Task[None]"],
+        start: Callable[[Coroutine[None, None, None]], "asyncio.Task[None]"],
     ) -> None:
         self._ledger, self._registry, self._postman = ledger, registry, postman
         self._waiters, self._clock, self._key, self._start = waiters, clock, key, start

@@ -4,7 +4,7 @@
 Every call may raise `fabric.errors.Temporary`; whatever else it raises is said where it differs.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -91,11 +91,32 @@ class Ledger(Protocol):
         """Apply all, in one transaction with others that wait, and commit; results in order.
 
         A change is stepped through the transition table against the committed row (locked), so that
-        any number of processes may write at once. Raises `NotFound` for an `Accept` on an unknown device.
+        any number of processes may write at once.
+
+        Raises:
+            NotFound: an `Accept` on an unknown device.
+            Conflict: an `Accept` for another generation of its device, or with another command's id. The same
+                command again is no conflict: the result is the command as it is now.
         """
         ...
 
     async def command(self, id: CommandId) -> tuple[Command, list[TimelineRow]] | None: ...
+
+    async def commands(
+        self,
+        *,
+        device: DeviceId | None = None,
+        states: Collection[State] | None = None,
+        issuer: str | None = None,
+        after: tuple[Micros, CommandId] | None = None,
+        limit: int = 100,
+    ) -> list[Command]:
+        """Commands, the newest first; `after` is `(accepted_at, id)` of the last one seen."""
+        ...
+
+    async def mailboxes(self, devices: Sequence[DeviceId]) -> Mapping[DeviceId, Mailbox]:
+        """What may be in these mailboxes: commands that wait, and withdrawn ones until their deadline."""
+        ...
 
     async def due(self, now: Micros, limit: int) -> list[tuple[CommandId, State]]:
         """Commands whose deadline or response time has passed, the longest overdue first."""
@@ -117,6 +138,14 @@ class Ledger(Protocol):
 
     async def sequenced(self, owner: str, position: int) -> None:
         """Everything up to `position` has been published."""
+        ...
+
+    async def events(self, after: int, limit: int) -> list[LogRow]:
+        """The event log from the position after `after`, in order, without gaps."""
+        ...
+
+    async def last_position(self) -> int:
+        """The last position given to an event; 0 when there is none."""
         ...
 
     async def quarantine(self, rows: Sequence[QuarantineRow]) -> None:
@@ -173,6 +202,20 @@ class Registry(Protocol):
         Raises `Gone` when the code is unknown, expired or was used by another key (an event
         `enrollment.contested` is recorded then), `Conflict` when the key is another device's.
         """
+        ...
+
+    async def revoke_device(self, id: DeviceId, now: Micros) -> tuple[Device, list[Command]]:
+        """Drop all keys and codes, queue a closure and start a new generation, whose predecessor's waiting
+        commands are cancelled: returned with the device. Raises `NotFound`."""
+        ...
+
+    async def revoke_key(self, id: DeviceId, kid: str, now: Micros) -> None:
+        """Drop one key, void the open codes and queue a closure. Raises `NotFound`."""
+        ...
+
+    async def last_login(self, id: DeviceId) -> Micros | None:
+        """When a login was last recorded, also of a device deleted since; kept as long as its token lives.
+        After a revocation, one younger than the broker's handshake may still become a connection."""
         ...
 
     async def keys(self, id: DeviceId) -> list[DeviceKey]: ...

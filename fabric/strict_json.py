@@ -26,9 +26,7 @@ def parse(raw: bytes) -> object:
     except UnicodeDecodeError:
         raise NotJson("it is not UTF-8") from None
     try:
-        value: object = json.loads(
-            text, object_pairs_hook=_members, parse_constant=_no_constant, parse_float=_finite
-        )
+        value: object = json.loads(text, object_pairs_hook=_members, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise NotJson(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:

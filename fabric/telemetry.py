@@ -1,7 +1,7 @@
 """Telemetry as it comes over HTTP, and as it is read back from the stream."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from fabric import ids, presenting
@@ -56,7 +56,7 @@ class Telemetry:
 
     async def read(
         self, start: str | int, *, device: DeviceId | None, channel: str | None, limit: int, idle: float
-    ) -> AsyncIterator[Reading]:
+    ) -> AsyncGenerator[Reading, None]:
         """Readings from `first`, `next` or an offset, until `limit` are read or none came for `idle` seconds."""
         async with self._streams.read(names.TELEMETRY, start) as deliveries:
             given = 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -24,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        overrides: dict[str, object] = {"state_dir": given.state_dir} if given.state_dir else {}
-        settings = load(**overrides)
+        settings = load(os.environ, {"state_dir": given.state_dir} if given.state_dir else {})
     except BadSettings as error:
         print(f"restante: {error}", file=sys.stderr)
         return _EXIT_USAGE

@@ -3,14 +3,15 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 
 import uvicorn
+import uvloop
 
 from api.app import create_app
 from api.broker_auth import BrokerAuth
-from api.logs import configure
+from api import logs
 from api.operator import authority, wiring
 from api.operator.setup import Files, load_signing_key
 from api.services import Peering, Services
@@ -41,8 +42,8 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, work: Awaitable[None]) -> "asyncio.Task[None]":
-        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[assignment]  # given coroutines only
+    def start(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -59,8 +60,8 @@ class Background:
 
 def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
-    configure(settings.log_level)
-    with asyncio.Runner(loop_factory=_uvloop()) as runner:
+    logs.configure(settings.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings))
     return 0
 
@@ -182,10 +183,3 @@ def _services(
         ready=ready,
     )
 
-
-def _uvloop():  # type: ignore[no-untyped-def]  # uvloop is optional
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

@@ -109,7 +109,11 @@ class Stack:
         while not ended.wait(0.2):
             if self.broker is not None and not self.broker.running:
                 self._log("the broker died; starting it again")
-                self.broker.start()
+                try:
+                    self.broker.start()
+                except NodeError as error:
+                    self._log(f"{error}\ntrying again in {_RESTART_LONGEST:g} s")
+                    ended.wait(_RESTART_LONGEST)
             for service in self._services.values():
                 self._revive(service)
 

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 
-from api.logs import configure
+from api import logs
 from api.operator import wiring
 from api.operator.secrets import account_password
 from api.settings import Settings
@@ -32,7 +32,7 @@ _PREFETCH = 200
 
 def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
-    configure(settings.log_level)
+    logs.configure(settings.log_level)
     asyncio.run(_serve(settings))
     return 0
 
@@ -55,6 +55,8 @@ async def _serve(settings: Settings) -> None:
         came_back.set()
 
     broker.publishing.on_connect(prepare)
+    # There is nothing to consume before the topology is declared.
+    broker.consuming.on_connect(lambda _: broker.publishing.ready())
     ledger, registry, clock, publisher = store.ledger, store.registry, store.clock, broker.publisher
     recorder = Recorder(ledger, publisher)
     republisher = Republisher(ledger, Postman(ledger, publisher, clock), clock)

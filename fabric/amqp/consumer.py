@@ -101,7 +101,7 @@ class Consumer:
 
     async def _run(self) -> None:
         failures = 0
-        while not self._link.stopped:
+        while True:
             try:
                 channel = await self._link.channel()
                 try:
@@ -115,6 +115,8 @@ class Consumer:
             else:
                 failures = 1
                 reason = "the channel closed, or the broker cancelled the consumer"
+            if self._link.stopped:
+                return
             level = logging.WARNING if failures == 1 else logging.DEBUG
             _log.log(level, "consumer-lost queue=%s reason=%.300r", self._queue, reason)
             await asyncio.sleep(_backoff(failures))

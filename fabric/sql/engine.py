@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -48,10 +49,10 @@ class Database:
     """
 
     def __init__(self, url: str, *, readers: int = READERS) -> None:
-        self.engine = create_engine(url, connections=readers + 2)
+        self.engine = create_engine(url, connections=readers + 1)
         self.sqlite = self.engine.dialect.name == "sqlite"
-        # PostgreSQL then needs no BEGIN for a read; on SQLite a statement alone is its own transaction anyway.
-        self._reading = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        # A read on PostgreSQL then needs no BEGIN; on SQLite a statement without one is its own transaction.
+        self._reading = self.engine if self.sqlite else create_engine(url, connections=readers, autocommit=True)
         # SQLite's own waiting polls; between the threads of one process a lock is fair and wakes at once.
         self._turn: AbstractContextManager[Any] = threading.Lock() if self.sqlite else nullcontext()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sql-writer")
@@ -140,6 +141,7 @@ class Database:
         self._writer.shutdown()
         self._readers.shutdown()
         self.engine.dispose()
+        self._reading.dispose()
 
     async def _in_reader(self, work: Callable[[], T]) -> T:
         if self._waiting >= QUEUED:
@@ -162,6 +164,8 @@ class Database:
                 return attempt()
             except PoolTimeout as error:
                 raise LedgerUnavailable("The database is too slow: no connection was free.") from error
+            except OverflowError as error:  # sqlite3 says so itself, not as an error of the database
+                raise Invalid("The database refused it: a number is out of range.") from error
             except DBAPIError as error:
                 kind = trouble(error)
                 if kind is Trouble.REFUSED:
@@ -200,8 +204,12 @@ def refused(error: SQLAlchemyError) -> FabricError:
     return Invalid(f"The database refused it: {_first_line(error)}")
 
 
-def create_engine(url: str, *, connections: int = READERS + 2) -> sa.Engine:
+def create_engine(url: str, *, connections: int, autocommit: bool = False) -> sa.Engine:
     """An engine for `sqlite:///path` or `postgresql://…` (also `postgresql+psycopg://…`).
+
+    Args:
+        connections: at most so many.
+        autocommit: each statement on PostgreSQL is its own transaction; on SQLite it is always so until BEGIN.
 
     Raises:
         Invalid: another database, or no file.
@@ -214,7 +222,7 @@ def create_engine(url: str, *, connections: int = READERS + 2) -> sa.Engine:
         case "sqlite" | "sqlite+pysqlite":
             return _sqlite(parsed, connections)
         case "postgresql" | "postgresql+psycopg":
-            return _postgresql(parsed, connections)
+            return _postgresql(parsed, connections, "AUTOCOMMIT" if autocommit else "READ COMMITTED")
         case other:
             raise Invalid(f"The database URL starts with {other}://; it must be sqlite:///path or postgresql://…")
 
@@ -265,7 +273,7 @@ def _turn_on_wal(connection: sqlite3.Connection) -> None:
             return
 
 
-def _postgresql(url: sa.URL, connections: int) -> sa.Engine:
+def _postgresql(url: sa.URL, connections: int, isolation: IsolationLevel) -> sa.Engine:
     settings = {
         "statement_timeout": STATEMENT_TIMEOUT,
         "lock_timeout": LOCK_TIMEOUT,
@@ -280,7 +288,7 @@ def _postgresql(url: sa.URL, connections: int) -> sa.Engine:
     }
     return sa.create_engine(
         url.set(drivername="postgresql+psycopg"),
-        isolation_level="READ COMMITTED",
+        isolation_level=isolation,
         pool_size=connections,
         max_overflow=0,
         pool_timeout=10,
@@ -303,10 +311,8 @@ _CLOCK = sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigi
 
 def _quietly(undo: Callable[[], None]) -> None:
     """A rollback on a connection that is gone has nothing to say that is not known."""
-    try:
+    with suppress(SQLAlchemyError):
         undo()
-    except SQLAlchemyError:
-        pass
 
 
 def _first_line(error: SQLAlchemyError) -> str:

@@ -59,11 +59,21 @@ class Fold:
     def load(self, devices: Iterable[DeviceId], commands: Iterable[CommandId]) -> None:
         """Lock and read, devices before commands, each in the order of their ids."""
         if wanted := sorted(set(devices)):
-            for row in self._connection.execute(_LOCK_DEVICES, {"ids": padded(wanted)}):
+            for row in _among(self._connection, _LOCK_DEVICES, wanted):
                 self._counters[row.id] = _Counter(row.generation, row.next_seq, row.next_seq)
         if ids := sorted(set(commands)):
-            self.take(self._connection.execute(_LOCK_COMMANDS, {"ids": padded(ids)}))
+            self.take(_among(self._connection, _LOCK_COMMANDS, ids))
         self._now = self._clock()
+
+    def count(self, device: DeviceId, generation: int, many: int) -> bool:
+        """`load` for commands of one device that are new: in one statement, its row locked, as many numbers are
+        taken. False when there is no such device of that generation."""
+        taken = self._connection.execute(_TAKE_NUMBERS, {"of": device, "is": generation, "many": many}).scalar()
+        if taken is None:
+            return False
+        self._counters[device] = _Counter(generation, taken - many, taken)
+        self._now = self._clock()
+        return True
 
     def take(self, found: Iterable["sa.Row[Any]"]) -> None:
         """Hold these rows: `rows.COMMAND_COLUMNS` and the device's generation."""
@@ -160,35 +170,50 @@ def are_stored(connection: sa.Connection, written: Sequence[Command]) -> bool:
     """Are these exact rows in the database? For a commit whose fate is unknown."""
     if not written:
         return True
-    found = connection.execute(_LOCK_COMMANDS, {"ids": padded(sorted(command.id for command in written))})
+    found = _among(connection, _LOCK_COMMANDS, sorted(command.id for command in written))
     stored = {row.id: rows.new_command(rows.command(row)) for row in found}
     return all(stored.get(command.id) == rows.new_command(command) for command in written)
+
+
+def _among(connection: sa.Connection, one_and_many: tuple[sa.Select[Any], sa.Select[Any]], ids: Sequence[str]) -> Any:
+    """A list of ids is expanded into the statement each time; a single one is spared that."""
+    one, many = one_and_many
+    return connection.execute(one, {"of": ids[0]}) if len(ids) == 1 else connection.execute(many, {"ids": padded(ids)})
+
+
+def _one_and_many(query: sa.Select[Any], id: "sa.Column[Any]") -> tuple[sa.Select[Any], sa.Select[Any]]:
+    return query.where(id == sa.bindparam("of")), query.where(id.in_(sa.bindparam("ids", expanding=True)))
 
 
 def _identity(command: Command) -> tuple[object, ...]:
     return (command.device, command.generation, command.name, command.body, command.content_type, command.issuer)
 
 
-def _one_or_many(parameters: list[rows.Row]) -> Any:  # noqa: ANN401 - what `execute` takes
+def _one_or_many(parameters: list[rows.Row]) -> Any:
     """A single row goes without executemany, which would cost a round trip."""
     return parameters[0] if len(parameters) == 1 else parameters
 
 
-_LOCK_DEVICES = (
+_LOCK_DEVICES = _one_and_many(
     sa.select(schema.devices.c.id, schema.devices.c.generation, schema.devices.c.next_seq)
-    .where(schema.devices.c.id.in_(sa.bindparam("ids", expanding=True)))
     .order_by(schema.devices.c.id)
-    .with_for_update()
+    .with_for_update(),
+    schema.devices.c.id,
 )
-LOCKED_COMMANDS = sa.select(*rows.COMMAND_COLUMNS, schema.devices.c.generation.label("device_generation")).select_from(
-    schema.commands.outerjoin(schema.devices, schema.devices.c.id == schema.commands.c.device)
-)
-_LOCK_COMMANDS = (
-    LOCKED_COMMANDS.where(schema.commands.c.id.in_(sa.bindparam("ids", expanding=True)))
+LOCK_COMMANDS: Final[sa.Select[Any]] = (
+    sa.select(*rows.COMMAND_COLUMNS, schema.devices.c.generation.label("device_generation"))
+    .select_from(schema.commands.outerjoin(schema.devices, schema.devices.c.id == schema.commands.c.device))
     .order_by(schema.commands.c.id)
     .with_for_update(of=schema.commands)
 )
+_LOCK_COMMANDS = _one_and_many(LOCK_COMMANDS, schema.commands.c.id)
 _COUNT = sa.update(schema.devices).where(schema.devices.c.id == sa.bindparam("of"))
+_TAKE_NUMBERS = (
+    sa.update(schema.devices)
+    .where(schema.devices.c.id == sa.bindparam("of"), schema.devices.c.generation == sa.bindparam("is"))
+    .values(next_seq=schema.devices.c.next_seq + sa.bindparam("many"))
+    .returning(schema.devices.c.next_seq)
+)
 _INSERT_COMMANDS = sa.insert(schema.commands)
 _UPDATE_COMMANDS = sa.update(schema.commands).where(
     schema.commands.c.id == sa.bindparam("of"), schema.commands.c.version == sa.bindparam("stored")

@@ -62,7 +62,7 @@ def use_token(
     return rows.device_key(found), first_use
 
 
-def _use(insert: Callable[..., Any]) -> Any:  # noqa: ANN401 - the two dialects' inserts have no common type
+def _use(insert: Callable[..., Any]) -> Any:  # the two dialects' inserts have no common type
     new = insert(schema.logins)
     again = new.on_conflict_do_update(index_elements=["device", "jti_hash"], set_={"last_use": new.excluded.last_use})
     return again.returning(_logins.first_use)

@@ -5,9 +5,11 @@ One thread writes: whatever was submitted while the last transaction ran goes in
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 
 from fabric.batch import Batcher
 from fabric.command import WAITING, Command, Micros, State
@@ -24,6 +26,7 @@ QUARANTINED_BODY = 4096  # bytes
 QUARANTINED_ROWS = 100  # per device, and for unknown devices together
 
 _Group = tuple[Write, ...]
+_Folded = tuple[list[list[Result] | Exception], list[Command]]
 
 
 class SqlLedger:
@@ -176,29 +179,61 @@ class SqlLedger:
         return await self._database.write_batch(lambda: self._write(groups))
 
     def _write(self, groups: Sequence[_Group]) -> list[list[Result] | Exception]:
-        for _ in range(READS):
+        for fold in (self._fold_new, *(self._fold,) * READS):
             try:
                 results, _ = self._database.transact(
-                    lambda connection: self._fold(connection, groups),
-                    committed=lambda connection, result: are_stored(connection, result[1]),
+                    partial(fold, groups), committed=lambda connection, done: are_stored(connection, done[1])
                 )
             except Stale:
                 continue
             return results
         raise LedgerUnavailable("The commands kept changing under the write; try again.")
 
-    def _fold(
-        self, connection: sa.Connection, groups: Sequence[_Group]
-    ) -> tuple[list[list[Result] | Exception], list[Command]]:
-        writes = [write for group in groups for write in group]
-        accepted = [write.command for write in writes if isinstance(write, Accept)]
+    def _fold_new(self, groups: Sequence[_Group], connection: sa.Connection) -> _Folded:
+        """The usual case, with a statement or two less: new commands of one device at most.
+
+        Raises:
+            Stale: it is not the usual case; nothing was done.
+        """
         fold = Fold(connection, self._now, self._jitter)
-        fold.load(
-            [command.device for command in accepted],
-            [write.command.id if isinstance(write, Accept) else write.command for write in writes],
-        )
+        ids, new = _split(groups)
+        if new:
+            device, generation = new[0].device, new[0].generation
+            if any((command.device, command.generation) != (device, generation) for command in new):
+                raise Stale
+            if not fold.count(device, generation, len(new)):
+                raise Stale
+        fold.load((), ids)
+        results: list[list[Result] | Exception] = []
+        for group in groups:
+            result = fold.apply(group)
+            if not isinstance(result, list):
+                raise Stale
+            results.append(result)
+        try:
+            return results, fold.save()
+        except IntegrityError as error:  # an `Accept` for the second time
+            raise Stale from error
+
+    def _fold(self, groups: Sequence[_Group], connection: sa.Connection) -> _Folded:
+        fold = Fold(connection, self._now, self._jitter)
+        ids, new = _split(groups)
+        fold.load((command.device for command in new), (*ids, *(command.id for command in new)))
         results: list[list[Result] | Exception] = [fold.apply(group) for group in groups]
         return results, fold.save()
+
+
+def _split(groups: Sequence[_Group]) -> tuple[list[CommandId], list[Command]]:
+    """The ids of changed commands, and the commands to accept."""
+    changed: list[CommandId] = []
+    new: list[Command] = []
+    for group in groups:
+        for write in group:
+            if isinstance(write, Accept):
+                new.append(write.command)
+            else:
+                changed.append(write.command)
+    return changed, new
 
 
 def mailboxes(connection: sa.Connection, devices: Sequence[DeviceId], now: Micros) -> dict[DeviceId, Mailbox]:

@@ -16,7 +16,7 @@ from fabric.model import Device, DeviceKey, DomainEvent, EnrollmentCode, IssuedT
 from fabric.ports import Login
 from fabric.sql import identity, rows, schema
 from fabric.sql.engine import Database
-from fabric.sql.fold import INSERT_EVENTS, LOCKED_COMMANDS, Fold
+from fabric.sql.fold import INSERT_EVENTS, LOCK_COMMANDS, Fold
 from fabric.sql.ledger import mailboxes
 from topology.names import DeviceId
 
@@ -52,8 +52,6 @@ class SqlRegistry:
                 connection.execute(sa.insert(schema.devices), rows.new_device(created))
             except IntegrityError as error:
                 raise Conflict(f"there is a device {device.id} already") from error
-            # Closing what is left of its predecessor must not take its mailbox with it.
-            connection.execute(_KEEP_MAILBOX, {"of": device.id})
             connection.execute(sa.insert(schema.codes), identity.new_code(replace(code, device=device.id)))
             detail = {"groups": device.groups, "labels": device.labels, "generation": generation}
             record(connection, DomainEvent("device.created", device.id, device.created_at, detail), 1)
@@ -91,7 +89,7 @@ class SqlRegistry:
             connection.execute(_UPDATE_DEVICE, {"of": device.id, **values})
             if known.enabled and not changed.enabled:
                 connection.execute(identity.VOID_OPEN_CODES, {"of": device.id})
-                close_connections(connection, device.id, delete_mailbox=False)
+                close_connections(connection, device.id)
             kind = "updated" if known.enabled == changed.enabled else "resumed" if changed.enabled else "suspended"
             detail = {"groups": changed.groups, "labels": changed.labels, "enabled": changed.enabled}
             record(connection, DomainEvent(f"device.{kind}", device.id, now, detail), changed.version)
@@ -108,7 +106,7 @@ class SqlRegistry:
             ]
             fold.save()
             connection.execute(_DELETE_DEVICE, {"of": id})  # its keys and codes go with it
-            close_connections(connection, id, delete_mailbox=True)
+            close_connections(connection, id)
             detail = {"generation": known.generation}
             record(connection, DomainEvent("device.deleted", id, now, detail), known.version + 1)
             return settled
@@ -193,7 +191,7 @@ class SqlRegistry:
             if not connection.execute(identity.DROP_KEY, {"of": id, "key": kid}).rowcount:
                 raise NotFound(f"{id} has no key {kid}")
             connection.execute(identity.VOID_CODES, {"of": id})
-            close_connections(connection, id, delete_mailbox=False)
+            close_connections(connection, id)
             record(connection, DomainEvent("device.key-revoked", id, now, {"kid": kid}), known.version)
 
         await self._database.write(revoke)
@@ -213,7 +211,8 @@ class SqlRegistry:
         as a token lives. After a revocation, a login before it that is younger than the broker's handshake
         may still turn into a connection."""
         found = await self._all(identity.LAST_LOGIN, {"of": id})
-        return found[0].at
+        at: Micros | None = found[0].at
+        return at
 
     # ---- Tokens ----------------------------------------------------------------------------------------
 
@@ -245,9 +244,9 @@ class SqlRegistry:
 
     # ---- Closures --------------------------------------------------------------------------------------
 
-    async def closures(self, limit: int) -> list[tuple[int, DeviceId, bool]]:
+    async def closures(self, limit: int) -> list[tuple[int, DeviceId]]:
         found = await self._all(_CLOSURES, {"limit": limit})
-        return [(row.id, DeviceId(row.device), row.delete_mailbox) for row in found]
+        return [(row.id, DeviceId(row.device)) for row in found]
 
     async def closed(self, ids: Sequence[int]) -> None:
         if ids:
@@ -265,9 +264,9 @@ def record(connection: sa.Connection, event: DomainEvent, version: int = 0) -> N
     connection.execute(INSERT_EVENTS, rows.domain_event(event, version))
 
 
-def close_connections(connection: sa.Connection, id: DeviceId, *, delete_mailbox: bool) -> None:
+def close_connections(connection: sa.Connection, id: DeviceId) -> None:
     """Queue a closure."""
-    connection.execute(sa.insert(schema.closures), {"device": id, "delete_mailbox": delete_mailbox})
+    connection.execute(sa.insert(schema.closures), {"device": id})
 
 
 def new_generation(
@@ -283,7 +282,7 @@ def new_generation(
     renewed = replace(known, generation=generation, version=known.version + 1, next_seq=1)
     values = {"generation": generation, "version": renewed.version, "next_seq": 1, "enrolled_at": enrolled_at}
     connection.execute(_UPDATE_DEVICE, {"of": known.id, **values})
-    close_connections(connection, known.id, delete_mailbox=False)
+    close_connections(connection, known.id)
     return renewed, withdrawn
 
 
@@ -366,11 +365,7 @@ _CONNECTION = (
     )
     .values(connected=sa.bindparam("is"), connection_since=sa.bindparam("now"))
 )
-_OPEN_COMMANDS = (
-    LOCKED_COMMANDS.where(schema.commands.c.device == sa.bindparam("of"), schema.commands.c.due.is_not(None))
-    .order_by(schema.commands.c.id)
-    .with_for_update(of=schema.commands)
-)
+_OPEN_COMMANDS = LOCK_COMMANDS.where(schema.commands.c.device == sa.bindparam("of"), schema.commands.c.due.is_not(None))
 _TOKEN = sa.select(schema.tokens).where(schema.tokens.c.jti == sa.bindparam("of"))
 _TOKENS = (
     sa.select(schema.tokens)
@@ -384,6 +379,3 @@ _REVOKE_TOKEN = (
     .values(revoked_at=sa.bindparam("now"))
 )
 _CLOSURES = sa.select(schema.closures).order_by(schema.closures.c.id).limit(sa.bindparam("limit"))
-_KEEP_MAILBOX = (
-    sa.update(schema.closures).where(schema.closures.c.device == sa.bindparam("of")).values(delete_mailbox=False)
-)

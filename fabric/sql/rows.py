@@ -1,6 +1,7 @@
 """Rows of the tables, to and from the fabric's values."""
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -68,7 +69,7 @@ def command_state(command: Command) -> Row:
     }
 
 
-def command(row: "sa.Row[Any]") -> Command:
+def command(row: "sa.Row[*tuple[Any, ...]]") -> Command:
     """A command from `COMMAND_COLUMNS`, which may be followed by others."""
     (
         id, device, generation, seq, name, body, content_type, issuer, claim, supersedes, accepted_at, deadline,
@@ -113,7 +114,7 @@ def entry_event(entry: Entry, after: Command) -> Row:
         "evidence": entry.evidence,
         "detail": entry.detail,
         "changed": entry.changed,
-        "document": _json(document),
+        "document": as_json(document),
     }
 
 
@@ -129,7 +130,7 @@ def domain_event(event: DomainEvent, version: int = 0) -> Row:
         "evidence": None,
         "detail": None,
         "changed": None,
-        "document": _json(event.detail),
+        "document": as_json(event.detail),
     }
 
 
@@ -148,8 +149,8 @@ def log_row(row: "sa.Row[Any]") -> LogRow:
 def new_device(device: Device) -> Row:
     return {
         **{name: getattr(device, name) for name in _DEVICE_FIELDS},
-        "groups": _json(device.groups),
-        "labels": _json(device.labels),
+        "groups": as_json(device.groups),
+        "labels": as_json(device.labels),
         "enrolled_at": None,
     }
 
@@ -174,20 +175,21 @@ def issued_token(row: "sa.Row[Any]") -> IssuedToken:
 
 def rfc3339(at: Micros) -> str:
     """UTC with microseconds."""
-    moment = datetime.fromtimestamp(at // 1_000_000, UTC).replace(microsecond=at % 1_000_000)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    moment = datetime.fromtimestamp(at // 1_000_000, UTC).replace(microsecond=at % 1_000_000, tzinfo=None)
+    return moment.isoformat(timespec="microseconds") + "Z"
 
 
 def as_json(value: object) -> str:
-    return _json(value)
+    """JSON in ASCII, without NUL and lone surrogates: its escapes would carry them past the column's type, to
+    whoever reads the document."""
+    text = json.dumps(value, separators=(",", ":"))
+    return json.dumps(_clean(value), separators=(",", ":")) if _SUSPECT.search(text) else text
 
 
-def _json(value: object) -> str:
-    return json.dumps(_clean(value), separators=(",", ":"))
+_SUSPECT = re.compile(r"\\u(?:0000|d[89a-f])")
 
 
 def _clean(value: object) -> object:
-    """JSON escapes would carry NUL and lone surrogates past the column's type, to whoever reads the document."""
     match value:
         case str():
             return schema.clean(value)

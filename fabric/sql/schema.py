@@ -5,7 +5,7 @@ text. The CHECK on a command's state comes from `fabric.command.State`, so that 
 transition table does not know.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
@@ -135,8 +135,7 @@ closures = sa.Table(
     "closures",
     metadata,
     sa.Column("id", _Serial, primary_key=True, autoincrement=True),
-    sa.Column("device", _Text, nullable=False, index=True),
-    sa.Column("delete_mailbox", sa.Boolean(), nullable=False),
+    sa.Column("device", _Text, nullable=False),
     sqlite_autoincrement=True,
 )
 
@@ -181,7 +180,7 @@ commands = sa.Table(
 )
 
 
-def _where(condition: str) -> dict[str, sa.TextClause]:
+def _where(condition: str) -> Any:
     return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 

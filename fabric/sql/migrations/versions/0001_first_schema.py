@@ -15,11 +15,9 @@ def upgrade() -> None:
         "closures",
         sa.Column("id", SERIAL, autoincrement=True, nullable=False),
         sa.Column("device", TEXT, nullable=False),
-        sa.Column("delete_mailbox", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_closures")),
         sqlite_autoincrement=True,
     )
-    op.create_index(op.f("ix_closures_device"), "closures", ["device"])
     op.create_table(
         "commands",
         sa.Column("id", TEXT, nullable=False),
