@@ -1,14 +1,4 @@
-"""The library's entry point: declare handlers, publish telemetry, run.
-
-from device_agent import Agent
-
-agent = Agent()
-
-@agent.command("door.close", idempotent=False)
-def close(speed: int = 1) -> dict[str, str]:
-    ...
-    return {"door": "closed"}
-"""
+"""The library's entry point: declare handlers, publish telemetry, run. `examples/garage_door` shows it at work."""
 
 import os
 from collections.abc import Callable

@@ -129,7 +129,7 @@ def convert(value: object, hint: object, where: str) -> object:
         if not inner:
             return value
         return {key: convert(item, inner[1], f"{where}['{log.escape(key, _SHOWN)}']") for key, item in value.items()}
-    raise BadArguments(f"{where} must be {describe(hint)}, not {log.escape(json.dumps(value), _SHOWN)}")
+    raise BadArguments(f"{where} must be {describe(hint)}, not {_shown(value)}")
 
 
 def describe(hint: object) -> str:
@@ -175,6 +175,11 @@ def _object(body: bytes, content_type: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadArguments("the arguments must be a JSON object")
     return value
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def _finite(value: float, where: str) -> float:

@@ -218,10 +218,7 @@ def _load_agent(where: str) -> Agent:
     source, _, name = where.partition(":")
     name = name or "agent"
     try:
-        if source.endswith(".py"):
-            module = _load_file(Path(source))
-        else:
-            module = importlib.import_module(source)
+        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except (ImportError, OSError, SyntaxError) as error:
         raise errors.BadHandler(f"the handlers in {source} can't be loaded: {error}") from error
     found = getattr(module, name, None)

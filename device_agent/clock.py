@@ -17,7 +17,7 @@ def boot_ms() -> float:
 
 
 def wall_ms() -> int:
-    """This machine's own idea of the time, in epoch ms: for use before the fabric has told."""
+    """The machine's own idea of the time, in epoch ms: for use before the fabric has told."""
     return time.time_ns() // 1_000_000
 
 

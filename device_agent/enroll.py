@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -206,10 +206,8 @@ def _deadline(connected: socket.socket) -> Iterator[None]:
     """Cut the connection when the time is up: a socket's own timeout starts again with every byte."""
 
     def cut() -> None:
-        try:
+        with suppress(OSError):
             socket.socket.shutdown(connected, socket.SHUT_RDWR)
-        except OSError:
-            pass
 
     timer = threading.Timer(DEADLINE, cut)
     timer.daemon = True

@@ -80,7 +80,7 @@ def check() -> None:
 
 
 def _textual(value: object) -> None:
-    """pika leaves undecodable short strings as bytes; everything after it expects text."""
+    """Text instead of the bytes that pika leaves where a short string is not UTF-8."""
     method = getattr(value, "method", None)
     if isinstance(method, spec.Basic.Deliver | spec.Basic.Return):
         for name in ("consumer_tag", "exchange", "routing_key"):

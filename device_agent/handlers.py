@@ -133,14 +133,7 @@ class _PythonJob:
         if self.handler.signature.context is not None:
             values = {**values, self.handler.signature.context: context}
         try:
-            if self.handler.is_async:
-                if self.loop is None:
-                    raise RuntimeError("the loop for async handlers does not run")
-                future: Future[Any] = asyncio.run_coroutine_threadsafe(self.handler.function(**values), self.loop)
-                returned = future.result()
-            else:
-                returned = self.handler.function(**values)
-            return succeeded(returned)
+            return succeeded(self._call(values))
         except CommandFailed as error:
             return failed(str(error) or "failed")
         except BaseException as error:  # noqa: BLE001 - whatever a handler raises, SystemExit too, is its outcome
@@ -150,6 +143,14 @@ class _PythonJob:
             )
             text = str(error)
             return failed(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+    def _call(self, values: dict[str, Any]) -> object:
+        if not self.handler.is_async:
+            return self.handler.function(**values)
+        if self.loop is None:
+            raise RuntimeError("the loop for async handlers does not run")
+        future: Future[object] = asyncio.run_coroutine_threadsafe(self.handler.function(**values), self.loop)
+        return future.result()
 
 
 def succeeded(returned: object) -> Done:

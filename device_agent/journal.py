@@ -283,13 +283,7 @@ def open_journal(state_dir: Path) -> Journal:
             _create(path)
         connection = _connect(path)
         try:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version != _FORMAT:
-                raise errors.JournalRefused(
-                    f"the journal {path} has format {version} instead of {_FORMAT}; use the agent version that wrote it"
-                )
-            if (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(f"damaged: {found}")
+            _check(connection, path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             return Journal(connection, path)
@@ -334,6 +328,16 @@ def _create(path: Path) -> None:
     os.link(temporary, path)
     temporary.unlink()
     files.sync_directory(path.parent)
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version != _FORMAT:
+        raise errors.JournalRefused(
+            f"the journal {path} has format {version}, not {_FORMAT}; use the version of the agent that wrote it"
+        )
+    if (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise sqlite3.DatabaseError(f"damaged: {found}")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

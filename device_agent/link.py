@@ -24,7 +24,7 @@ from topology import names, wire
 MAX_UNCONFIRMED = 500  # publishes in flight; beyond, `publish` says no
 MAX_BACKOFF = 30.0  # seconds
 FIRST_BACKOFF = 0.5  # seconds: the bound of the first delay, doubled with each failure in a row
-STABLE_AFTER = 10.0  # seconds a connection must have served before a loss counts as the first again
+STABLE_AFTER = 3.0  # seconds a connection must have served before a loss counts as the first again
 HEARTBEAT = 30  # seconds
 SOCKET_TIMEOUT = 10.0  # seconds to connect
 STACK_TIMEOUT = 20.0  # seconds for TCP, TLS and AMQP together; the broker gives up after 10
@@ -104,6 +104,10 @@ class Link:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
             log.debug("link.closed-call")
+
+    def soon(self, function: Callable[..., None], *arguments: object) -> None:
+        """Run the function in the loop's next turn. On the loop's thread."""
+        self._loop.call_soon(function, *arguments)
 
     def later(self, delay: float, function: Callable[..., None], *arguments: object) -> asyncio.TimerHandle:
         return self._loop.call_later(delay, function, *arguments)
@@ -273,7 +277,7 @@ class Link:
         peering = self._identity.peering
         self.last_error = _translate(error, peering.amqps_host, peering.amqps_port)
         delay = backoff(self._failures, random.random())  # noqa: S311 - jitter
-        level = logging.WARNING if self._failures == 0 else logging.DEBUG
+        level = logging.WARNING if was_up is not None or self._failures == 0 else logging.DEBUG
         log.event(level, "link.down", code=self.last_error.code, because=str(self.last_error), retry_in=delay)
         self._failures += 1
         self._loop.call_later(delay, self._connect)
@@ -317,15 +321,15 @@ def _ignore(_: bool) -> None:
 
 
 def _translate(error: BaseException, host: str, port: int) -> errors.AgentError:
-    """pika wraps what happened in several layers; the innermost telling one is found and put in words."""
+    """What happened lies under several layers of pika's; the innermost telling one is found and put in words."""
     found = list(_layers(error, 0))
     for one in found:
         if isinstance(one, OSError):  # ssl's errors are among them
             return tls.translate(one, host, port)
         if isinstance(one, exceptions.ProbableAuthenticationError | exceptions.ProbableAccessDeniedError):
             return errors.LoginRefused(
-                f"{host}:{port} refused this device's login: it is disabled, revoked or enrolled anew elsewhere, or this"
-                " machine's clock is far off"
+                f"{host}:{port} refused this device's login: it is disabled, revoked or enrolled anew elsewhere,"
+                " or this machine's clock is far off"
             )
         if isinstance(one, exceptions.ConnectionClosedByBroker):
             return errors.Unreachable(f"{host}:{port} closed the connection: {one.reply_code} {one.reply_text}")

@@ -37,6 +37,7 @@ class _InHand:
 
     command: wire.Command
     until: float  # boot time in ms at which its response timeout ends
+    ended: bool = False  # its outcome is said, and about to be journaled
     progress: str | None = None
     progress_timer: asyncio.TimerHandle | None = None
 
@@ -93,7 +94,7 @@ class Mailbox:
         self._pump()
 
     def link_up(self) -> None:
-        for held in self._in_hand.values():
+        for held in (held for held in self._in_hand.values() if not held.ended):
             self._receipt(held.command.id, held.progress)
 
     def link_down(self) -> None:
@@ -208,17 +209,28 @@ class Mailbox:
         self._runner.submit(job, context, lambda done: self._link.call(self._ended, command.id, done))
 
     def _ended(self, command: names.CommandId, done: Done) -> None:
-        held = self._in_hand.pop(command)
+        """Say the outcome, then keep it: the caller need not wait for the disk.
+
+        A crash in between leaves the entry open, as one just before would have; the fabric may know more by then.
+        """
+        held = self._in_hand[command]
+        held.ended = True
         if held.progress_timer is not None:
             held.progress_timer.cancel()
         outcome = self._outcome(command, done.status, done.reason, done.body, done.content_type)
         log.info("command.ended", command=command, name=held.command.name, status=done.status, reason=done.reason)
+        self._reporter.early(outcome)
+        # Two turns of the loop: in the first one the socket is written, and no confirm can come before the second.
+        self._link.soon(self._link.soon, self._keep, outcome)
+
+    def _keep(self, outcome: wire.Outcome) -> None:
+        del self._in_hand[outcome.command]
         try:
             self._journal.finish(outcome)
         except errors.JournalRefused as error:
-            # It can't be kept, but it can still be said. The entry stays open: after a restart it is in doubt.
-            log.error("journal.failed", command=command, because=str(error))
-            self._reporter.passing(outcome)
+            # It can't be kept, but it has been said, or is kept in memory until it can be.
+            log.error("journal.failed", command=outcome.command, because=str(error))
+            self._reporter.unkept(outcome)
             self._pause("the journal can't be written")
         else:
             self._reporter.outcome(outcome)
@@ -334,7 +346,7 @@ class Mailbox:
 
     def _progress(self, command: names.CommandId, text: str) -> None:
         held = self._in_hand.get(command)
-        if held is None:
+        if held is None or held.ended:
             return
         held.progress = text[: wire.MAX_REASON]
         if held.progress_timer is None:
@@ -343,7 +355,7 @@ class Mailbox:
 
     def _progress_due(self, command: names.CommandId, sent: str) -> None:
         held = self._in_hand.get(command)
-        if held is not None:
+        if held is not None and not held.ended:
             held.progress_timer = None
             if held.progress is not None and held.progress != sent:
                 self._progress(command, held.progress)

@@ -64,10 +64,10 @@ class _Wakes:
     def link_down(self) -> None:
         return
 
-    def answer(self, message: wire.Message) -> None:
+    def answer(self, message: wire.Message) -> None:  # noqa: ARG002 - nothing is asked
         return
 
-    def mail(self, mail: Mail) -> None:
+    def mail(self, mail: Mail) -> None:  # noqa: ARG002 - nothing is fetched
         return
 
 

@@ -41,8 +41,18 @@ class Reporter:
         self._nacks = 0
         self.pump()
 
+    def early(self, outcome: wire.Outcome) -> None:
+        """Send an outcome that is about to be in the journal, if that is possible now; `outcome` must follow."""
+        if not self._backlog and len(self._in_flight) < WINDOW:
+            self._publish(outcome, journaled=True)
+
+    def unkept(self, outcome: wire.Outcome) -> None:
+        """Instead of `outcome`, when the journal could not take it: it is sent from memory, if it was not yet."""
+        if outcome.command not in self._in_flight:
+            self.passing(outcome)
+
     def outcome(self, outcome: wire.Outcome) -> None:
-        """Send an outcome that is in the journal."""
+        """Send an outcome that is in the journal, unless it is on its way."""
         if outcome.command in self._in_flight:
             return
         if self._backlog or len(self._in_flight) >= WINDOW:

@@ -17,7 +17,7 @@ _HWMON = Path("/sys/class/hwmon")
 
 
 def read(disk: Path, proc: Path = _PROC, thermal: Path = _THERMAL, hwmon: Path = _HWMON) -> dict[str, object]:
-    """One reading: `load` (1, 5, 15 min), `cpus`, `memory`, `swap` and `disk` in bytes, `temperature` in °C, `uptime` in s."""
+    """One reading: `load` over 1, 5 and 15 min; memory, swap and disk in bytes; °C by sensor; uptime in s."""
     parts: dict[str, Callable[[], object]] = {
         "load": lambda: [float(word) for word in (proc / "loadavg").read_text().split()[:3]],
         "cpus": os.cpu_count,

@@ -65,6 +65,8 @@ def _walk(value: object) -> None:
         depth += 1
         inner: list[object] = []
         for item in level:
+            if depth > DEEPEST and isinstance(item, dict | list):
+                raise NotJson(f"it is nested deeper than {DEEPEST}")
             if isinstance(item, dict):
                 for name in item:
                     _whole(name)
@@ -73,8 +75,6 @@ def _walk(value: object) -> None:
                 inner.extend(item)
             elif isinstance(item, str):
                 _whole(item)
-        if depth > DEEPEST and inner:
-            raise NotJson(f"it is nested deeper than {DEEPEST}")
         level = inner
 
 

@@ -66,6 +66,9 @@ def local_configuration(
         "auth_http.vhost_path": f"{auth}/vhost",
         "auth_http.resource_path": f"{auth}/resource",
         "auth_http.topic_path": f"{auth}/topic",
+        # Asked for over plain HTTP, too: without it Erlang looks for the system's authorities, and a small
+        # userland has none, which would refuse every login.
+        "auth_http.ssl_options.cacertfile": authority,
         "log.console": "false",
     }
     for name, value in options.items():

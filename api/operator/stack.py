@@ -215,12 +215,8 @@ class Stack:
                     raise NodeError(f"The {name} {configured} is taken on {host}; free it or configure another.")
                 chosen[name] = configured
                 continue
-            for candidate in (remembered.get(name), configured):
-                if candidate and candidate not in chosen.values() and is_free(host, candidate):
-                    chosen[name] = candidate
-                    break
-            else:
-                chosen[name] = free_port(host, besides=set(chosen.values()))
+            last = remembered.get(name)
+            chosen[name] = last if last and is_free(host, last) else free_port(host, besides=set(chosen.values()))
         replace_private(path, json.dumps(chosen).encode())
         return chosen
 

@@ -74,15 +74,15 @@ class ManagementClient:
     async def uptime(self) -> float:
         """Seconds since the broker (of several nodes: the youngest one) started.
 
-        It grows in steps of about 5 s. A broker whose uptime is shorter than the time since it was last
-        asked has been restarted.
+        Taken from its statistics: it grows in steps of about 5 s and is 0 at first. A broker whose uptime is
+        shorter than the time since it was last asked has been restarted.
 
         Raises:
             BrokerUnavailable: no node runs.
         """
         found = await self._call("GET", "/api/nodes?columns=name,running,uptime")
         listed = found if isinstance(found, list) else []
-        running = [row["uptime"] / 1000 for row in listed if row.get("running") and "uptime" in row]
+        running = [row.get("uptime", 0) / 1000 for row in listed if row.get("running")]
         if not running:
             raise BrokerUnavailable("the management API knows no running node")
         return float(min(running))

@@ -243,13 +243,19 @@ def _sqlite(url: sa.URL, connections: int) -> sa.Engine:
 
     @event.listens_for(engine, "do_connect")
     def make_private(*_: object) -> None:
-        """Nobody else may read the ledger; SQLite gives the files beside it the same mode."""
-        with_mode = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, _FILE_MODE)
-        try:
-            if os.fstat(with_mode).st_mode & 0o077:
-                os.fchmod(with_mode, _FILE_MODE)
-        finally:
-            os.close(with_mode)
+        """Nobody else may read the ledger; SQLite gives the files beside it the same mode.
+
+        A file that is there must not be opened: closing any descriptor of it drops every lock that this
+        process holds on it (POSIX), under the feet of the connections that are open, and the file is corrupted.
+        """
+        with _making:  # so that no thread finds the file, and locks it, before it is closed here
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, _FILE_MODE))
+            except FileExistsError:
+                if path.stat().st_mode & 0o077:
+                    path.chmod(_FILE_MODE)
+            except OSError as error:
+                raise LedgerUnavailable(f"The database file {path} can't be made: {error.strerror}.") from error
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:
@@ -306,6 +312,7 @@ _SQLITE_BUSY = frozenset(
         sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
     }
 )  # fmt: skip
+_making = threading.Lock()
 _CLOCK = sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 
 

@@ -123,6 +123,8 @@ class RawClient:
         plain = socket.create_connection((host, port), timeout)
         self.socket = tls.wrap_socket(plain, server_hostname=server_hostname or host) if tls else plain
         self._buffer = b""
+        self._awaited: dict[int, int] = {}  # per channel, the last publish whose confirm was asked for
+        self._settled: dict[int, dict[int, bool]] = {}  # confirms that came before they were asked for
         self.mechanisms: list[str] = []
         self.frame_max = 0
         self.channel_max = 0
@@ -328,12 +330,21 @@ class RawClient:
             self.send(BODY, channel, body[start : start + room])
 
     def confirmed(self, *, channel: int = 1) -> bool:
-        """Wait for the next confirm on a channel opened with `confirms`: was it an ack?
+        """Wait for the confirm of the next publish on a channel opened with `confirms`: was it an ack?
+
+        Call it once for each publish, in their order.
 
         Raises:
             ChannelClosed, ConnectionClosed: the broker refused the message that way.
         """
-        return self.expect(channel, (60, 80), (60, 120)).method == (60, 80)
+        tag = self._awaited[channel] = self._awaited.get(channel, 0) + 1
+        settled = self._settled.setdefault(channel, {})
+        while tag not in settled:
+            frame = self.expect(channel, (60, 80), (60, 120))
+            last, multiple = struct.unpack_from(">QB", frame.payload, 4)
+            for settled_tag in range(tag if multiple & 1 else last, last + 1):
+                settled[settled_tag] = frame.method == (60, 80)
+        return settled.pop(tag)
 
     def sync(self, *, channel: int = 1) -> None:
         """Return once the broker has dealt with everything sent on the channel; raises what it closed it for."""

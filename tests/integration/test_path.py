@@ -1,5 +1,6 @@
 """One complete path: a command through the real broker to a real agent and back, and what can go otherwise."""
 
+import base64
 import json
 import os
 import stat
@@ -205,7 +206,7 @@ def test_a_binary_body_passes_unchanged(stack: RunningStack, agent: AgentProcess
     )
     command = stack.ok(answer)
     assert command["state"] == "rejected"
-    assert set(command["args"]) == {"base64"}
+    assert command["args"] == {"base64": base64.b64encode(raw).decode(), "content_type": "application/octet-stream"}
 
 
 def test_a_suspended_devices_connection_is_closed_and_refused(stack: RunningStack, home: Path) -> None:

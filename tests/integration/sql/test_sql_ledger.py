@@ -114,7 +114,7 @@ async def test_a_batch_takes_a_constant_number_of_statements(store: Store) -> No
     engine = store.ledger._database.engine
 
     def count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
-        statements.append(statement.split()[0])
+        statements.append(statement.split(maxsplit=1)[0])
 
     sa.event.listen(engine, "before_cursor_execute", count)
     await store.ledger.write(*(Change(command.id, Receipted(AGENT, running=True)) for command in commands))

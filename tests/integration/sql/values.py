@@ -103,10 +103,11 @@ def rows(url: str, query: "sa.Select[Any] | str") -> list["sa.Row[Any]"]:
     return list(found)
 
 
-def execute(url: str, statement: str) -> None:
+def execute(url: str, *statements: str) -> None:
     engine = create_engine(url, connections=1, autocommit=True)
     with engine.connect() as connection:
-        connection.exec_driver_sql(statement)
+        for statement in statements:
+            connection.exec_driver_sql(statement)
     engine.dispose()
 
 
