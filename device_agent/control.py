@@ -106,7 +106,7 @@ class ControlServer:
             }
         except CancelledError:
             return {"error": errors.NotConfirmed.code, "text": "the agent is stopping"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return {"error": errors.InvalidValue.code, "text": f"not a request: {type(error).__name__}"}
         return {"ok": True}
 

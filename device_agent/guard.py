@@ -90,7 +90,8 @@ def _textual(value: object) -> None:
 
 
 def _poison() -> bytes:
-    late = _header(0x0040, b"\xff" * 8)  # timestamp 2^64-1
+    timestamp = b"\x01kT" + b"\xff" * 8  # 2^64-1
+    late = _header(0x2000, struct.pack(">I", len(timestamp)) + timestamp)
     nested = b"".join(b"\x01kF" + struct.pack(">I", 7 * depth) for depth in range(3000, -1, -1))
     deep = _header(0x2000, struct.pack(">I", len(nested)) + nested)
     return late + deep

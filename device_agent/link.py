@@ -341,7 +341,7 @@ def _translate(error: BaseException, host: str, port: int) -> errors.AgentError:
 def _layers(error: BaseException, depth: int) -> Iterator[BaseException]:
     yield error
     if depth < 6:
-        inner = [*getattr(error, "exceptions", ()), *error.args, error.__cause__]
+        inner = [*getattr(error, "exceptions", ()), getattr(error, "exception", None), *error.args, error.__cause__]
         for one in inner:
             if isinstance(one, BaseException):
                 yield from _layers(one, depth + 1)

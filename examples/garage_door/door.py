@@ -1,7 +1,4 @@
-"""A garage door. The motor is a small state file; everything else is how a real one would look.
-
-restante-agent run --handlers examples/garage_door/door.py --commands-dir examples/garage_door/commands.d
-"""
+"""A garage door. The motor is a small file in the directory $GARAGE_STATE; the rest is as a real one would be."""
 
 import json
 import os
@@ -12,7 +9,7 @@ from typing import Literal
 from device_agent import Agent, CommandFailed, Context
 
 TRAVEL = 0.2  # seconds at speed 1; a real door takes ten
-STATE = Path(os.environ.get("GARAGE_DOOR_STATE", "/tmp/restante-garage-door.json"))  # noqa: S108 - an example
+STATE = Path(os.environ.get("GARAGE_STATE", "garage-state")) / "door.json"
 
 agent = Agent()
 
@@ -48,7 +45,7 @@ def _move(target: Position, speed: int, context: Context) -> dict[str, str]:
     if not 1 <= speed <= 3:
         raise CommandFailed(f"speed must be 1 to 3, not {speed}")
     before = _position()
-    if before != target:
+    if before != target or not STATE.exists():
         context.progress("moving")
         time.sleep(TRAVEL / speed)
         _store(target)
@@ -64,6 +61,7 @@ def _position() -> str:
 
 
 def _store(position: Position) -> None:
+    STATE.parent.mkdir(parents=True, exist_ok=True)
     new = STATE.with_suffix(".new")
     new.write_text(json.dumps({"door": position}))
     new.replace(STATE)

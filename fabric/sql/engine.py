@@ -144,6 +144,8 @@ class Database:
         self._reading.dispose()
 
     async def _in_reader(self, work: Callable[[], T]) -> T:
+        if self._closed:
+            raise LedgerUnavailable("The database is closed.")
         if self._waiting >= QUEUED:
             raise LedgerUnavailable(f"The database is too slow: {QUEUED} calls wait for it.")
         self._waiting += 1

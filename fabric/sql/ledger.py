@@ -246,6 +246,8 @@ def mailboxes(connection: sa.Connection, devices: Sequence[DeviceId], now: Micro
 
 
 _commands = schema.commands.c
+# The index's condition in its own words, so that prepared statements use it too.
+_in_mailbox = sa.text("state IN ('accepted', 'queued', 'cancelled')")
 _waiting = _commands.state.in_(sorted(state.value for state in WAITING))
 
 _COMMAND = sa.select(*rows.COMMAND_COLUMNS).where(_commands.id == sa.bindparam("of"))
@@ -274,17 +276,16 @@ _QUEUED = (
         schema.devices.c.cell == sa.bindparam("cell"),
         schema.devices.c.generation == _commands.generation,
         _commands.state == State.QUEUED.value,
-        _commands.due.is_not(None),
+        _in_mailbox,
         _commands.publish_due.is_(None),
     )
     .order_by(_commands.device, _commands.seq)
 )
-# The literals of the index's condition, so that it is used by prepared statements too.
 _MAILBOXES = (
     sa.select(_commands.device, sa.func.count().label("depth"), sa.func.min(_commands.accepted_at).label("oldest_at"))
     .where(
         _commands.device.in_(sa.bindparam("ids", expanding=True)),
-        sa.text("state IN ('accepted', 'queued', 'cancelled')"),
+        _in_mailbox,
         _commands.deadline > sa.bindparam("now"),
         sa.or_(_commands.state != State.CANCELLED.value, _commands.copies != ""),
     )

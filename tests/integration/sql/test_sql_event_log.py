@@ -8,6 +8,7 @@ from fabric.model import LogRow
 from fabric.sql import Store
 from fabric.sql.engine import Database
 from fabric.sql.ledger import SqlLedger
+from fabric.sql.registry import SqlRegistry
 from tests.integration.sql.values import PUMP, SECOND, SUCCEEDED, accept, add_device, change, now
 
 
@@ -75,8 +76,6 @@ async def test_the_lease_has_one_owner(url: str) -> None:
     clock = [now()]
     ledger = SqlLedger(database, lambda: clock[0])
     ledger.start()
-    from fabric.sql.registry import SqlRegistry
-
     await add_device(SqlRegistry(database, lambda: clock[0]))
     assert positions(await ledger.sequence("a", 10 * SECOND, 10)) == [1]
     assert await ledger.sequence("b", 10 * SECOND, 10) is None

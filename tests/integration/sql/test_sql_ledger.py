@@ -18,11 +18,12 @@ from fabric.command import (
     State,
     Verdict,
 )
-from fabric.errors import Conflict, Invalid, LedgerUnavailable, NotFound
+from fabric.errors import Conflict, Invalid, LedgerUnavailable, NotFound, Temporary
 from fabric.model import Accept, Accepted, Change, Dropped, QuarantineRow
-from fabric.sql import Store, fold, schema
+from fabric.sql import Store, fold, open_store, schema
 from fabric.sql import engine as sql_engine
 from fabric.sql.ledger import QUARANTINED_ROWS, SqlLedger
+from fabric.sql.registry import SqlRegistry
 from tests.integration.sql.values import (
     AGENT,
     PUMP,
@@ -332,18 +333,15 @@ async def test_a_stopped_ledger_has_written_what_was_submitted(store: Store, url
     await store.close()
     await store.close()
     assert len(await asyncio.gather(*writes)) == command_count(url) == 50
-    with pytest.raises(Exception, match="stopped"):
+    with pytest.raises(Temporary, match="stopped"):
         await accept(store.ledger)
+    with pytest.raises(LedgerUnavailable, match="closed"):
+        await store.registry.device(PUMP)
 
 
-async def test_a_database_that_is_locked_is_unavailable(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pathlib import Path
-
-    from fabric.sql import migrate, open_store
-
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+async def test_a_database_that_is_locked_is_unavailable(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sql_engine, "BUSY_TIMEOUT", 50)
-    url = f"sqlite:///{Path(str(tmp_path)) / 'locked.db'}"
-    migrate(url)
     store = await open_store(url)
     await add_device(store.registry)
     other = sql_engine.create_engine(url, connections=1)
@@ -371,8 +369,6 @@ async def test_steps_are_timed_by_the_ledgers_clock(url: str) -> None:
     clock = [1_000_000]
     ledger = SqlLedger(database, lambda: clock[0])
     ledger.start()
-    from fabric.sql.registry import SqlRegistry
-
     await add_device(SqlRegistry(database, lambda: clock[0]))
     command = await accept(ledger, draft(accepted_at=1_000_000, deadline=2_000_000))
     clock[0] = 2_000_001

@@ -3,12 +3,11 @@
 from typing import Any, cast
 
 import httpx
-import jsonschema_rs
 import pytest
 import schemathesis
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from api import openapi, problems
+from api import openapi, problems, schemas
 from api.app import create_app
 from api.routes import enrollment
 from api.services import Services
@@ -48,10 +47,7 @@ OPERATIONS = [
 
 
 def test_it_is_a_valid_document() -> None:
-    schema = schemathesis.openapi.from_dict(DOCUMENT)
-    schema.validate()
-    for name, component in DOCUMENT["components"]["schemas"].items():
-        assert jsonschema_rs.meta.is_valid(component), name
+    schemathesis.openapi.from_dict(DOCUMENT).validate()
 
 
 def test_every_reference_leads_somewhere() -> None:
@@ -86,8 +82,7 @@ def test_every_refusal_is_a_problem(path: str, method: str, operation: dict[str,
         assert set(response["content"]) == {problems.MEDIA_TYPE}
         content = response["content"][problems.MEDIA_TYPE]
         assert content["schema"] == {"$ref": "#/components/schemas/ProblemDocument"}
-        schema = {**DOCUMENT["components"]["schemas"]["ProblemDocument"], "components": DOCUMENT["components"]}
-        jsonschema_rs.validate(schema, content["example"])
+        schemas.ProblemDocument.model_validate(content["example"])
     if "requestBody" in operation:
         assert {"400", "408", "413", "415", "422"} <= operation["responses"].keys()
     if operation.get("parameters"):

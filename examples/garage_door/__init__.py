@@ -1,0 +1,1 @@
+"""The device of the demo: handlers in Python and as executables."""
