@@ -41,7 +41,7 @@ def main() -> int:
         caller = Caller(stack)
         agent = Agent(root / "device", stack, caller.create_device("bench-1"))
         cleanup.callback(agent.stop)
-        floor = Floor(stack, root)
+        floor = Floor(stack)
         cleanup.callback(floor.stop)
         pairs = []
         for number in range(rounds + 1):
@@ -101,7 +101,9 @@ def _report(pairs: list[tuple[list[float], list[float]]], database: str, target:
     }
     ledger = database.partition(":")[0]
     print(f"\ncommand round trip over HTTP, waiting for its outcome (ledger: {ledger}), against a bare AMQP round trip")
-    print(f"{'':8}{'bare':>12}{'over HTTP':>12}{'ratio':>9}   (median of {len(pairs)} rounds; ratio: lowest to highest)")
+    print(
+        f"{'':8}{'bare':>12}{'over HTTP':>12}{'ratio':>9}   (median of {len(pairs)} rounds; ratio: lowest to highest)"
+    )
     figures = {}
     for name, part in (("p50", 0.5), ("p99", 0.99)):
         bare, over = (statistics.median(_percentile(pair[side], part) for pair in pairs) for side in (0, 1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from api.operator.stack import Stack
 
-HANDLERS = '''
+HANDLERS = """
 from device_agent import Agent
 
 agent = Agent()
@@ -15,7 +15,7 @@ agent = Agent()
 @agent.command("noop")
 def noop() -> None:
     pass
-'''
+"""
 
 
 class Agent:

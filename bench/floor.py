@@ -8,7 +8,6 @@ import secrets
 import ssl
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import pika
@@ -24,7 +23,7 @@ QUEUE = "bench.mailbox"
 class Floor:
     """The sending side, and the process of the receiving one."""
 
-    def __init__(self, stack: Stack, root: Path) -> None:
+    def __init__(self, stack: Stack) -> None:
         password = secrets.token_urlsafe(32)
         self._make_account(stack, password)
         place = {
@@ -51,7 +50,9 @@ class Floor:
     def round_trip(self) -> None:
         """Publish, confirmed and persistent; return when the answer is there."""
         wanted = self._answers + 1
-        properties = pika.BasicProperties(reply_to=names.DIRECT_REPLY_TO, delivery_mode=2, content_type="application/json")
+        properties = pika.BasicProperties(
+            reply_to=names.DIRECT_REPLY_TO, delivery_mode=2, content_type="application/json"
+        )
         self._channel.basic_publish("", QUEUE, b"{}", properties, mandatory=True)
         while self._answers < wanted:
             self._connection.process_data_events(time_limit=10)

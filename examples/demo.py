@@ -137,7 +137,9 @@ class Service:
         return [json.loads(line) for line in answer.text.splitlines()]
 
     def _json(self, answer: httpx.Response) -> Document:
-        _expect(answer.is_success, f"{answer.request.method} {answer.request.url.path}: {answer.status_code} {answer.text}")
+        _expect(
+            answer.is_success, f"{answer.request.method} {answer.request.url.path}: {answer.status_code} {answer.text}"
+        )
         document: Document = answer.json()
         return document
 
@@ -223,7 +225,7 @@ def _seconds(time_: str) -> float:
     return datetime.fromisoformat(time_).timestamp()
 
 
-def _expect(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - an assertion's condition
+def _expect(holds: bool, otherwise: str) -> None:
     if not holds:
         raise StepFailed(otherwise)
 

@@ -558,6 +558,8 @@ def _detail(event: Event, verdict: Verdict) -> str | None:
     match event:
         case NotConfirmed(_, reason) | DeadLettered(_, reason, _):
             return reason
+        case Receipted(_, _, progress):
+            return progress
         case Claimed():
             return verdict.value
         case Answered(_, status, reason) if verdict in (Verdict.CONFLICT, Verdict.VIOLATION):

@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     setup.set_defaults(run=_setup)
 
     commands.add_parser("migrate", help="bring the database's tables up to date").set_defaults(run=_migrate)
-    commands.add_parser("gateway", help="run the HTTP gateway and the broker's auth endpoint").set_defaults(run=_gateway)
+    commands.add_parser("gateway", help="run the HTTP gateway and the broker's auth endpoint").set_defaults(
+        run=_gateway
+    )
     commands.add_parser("worker", help="run the consumers, the clocks and the event log").set_defaults(run=_worker)
 
     topology = commands.add_parser("topology", help="what exists on the broker").add_subparsers(required=True)
@@ -87,13 +89,15 @@ def _device_commands(commands: Any) -> None:
     create = device.add_parser("create", help="make a device; prints its enrollment ticket once")
     create.add_argument("id")
     create.add_argument("--group", action="append", default=[], help="a group it is in (repeatable)")
-    create.add_argument("--ticket-file", type=Path, help="write the ticket to this new file (0600) instead of printing it")
+    create.add_argument(
+        "--ticket-file", type=Path, help="write the ticket to this new file (0600) instead of printing it"
+    )
     create.set_defaults(run=_device_create)
     get = device.add_parser("get", help="print one device")
     get.add_argument("id")
     get.set_defaults(run=lambda settings, given: _print(_call(settings, "GET", f"/v1/devices/{_segment(given.id)}")))
     listing = device.add_parser("list", help="print all devices, one a line")
-    listing.set_defaults(run=lambda settings, given: _print_pages(settings, "/v1/devices"))
+    listing.set_defaults(run=lambda settings, _: _print_pages(settings, "/v1/devices"))
     delete = device.add_parser("delete", help="delete a device with its mail, keys and connections")
     delete.add_argument("id")
     delete.set_defaults(run=lambda settings, given: _call(settings, "DELETE", f"/v1/devices/{_segment(given.id)}"))
@@ -121,7 +125,7 @@ def _token_commands(commands: Any) -> None:
     create.add_argument("--life", type=int, default=90 * 24 * 3600, help="seconds it lives (default: 90 days)")
     create.set_defaults(run=_token_create)
     listing = token.add_parser("list", help="print all tokens (never their secret), one a line")
-    listing.set_defaults(run=lambda settings, given: _print_pages(settings, "/v1/tokens"))
+    listing.set_defaults(run=lambda settings, _: _print_pages(settings, "/v1/tokens"))
     revoke = token.add_parser("revoke", help="revoke a token by its jti")
     revoke.add_argument("jti")
     revoke.set_defaults(run=lambda settings, given: _call(settings, "DELETE", f"/v1/tokens/{_segment(given.jti)}"))

@@ -8,10 +8,11 @@ from contextlib import suppress
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from api import logs
 from api.app import create_app
 from api.broker_auth import BrokerAuth
-from api import logs
 from api.operator import authority, wiring
 from api.operator.setup import Files, load_signing_key
 from api.services import Peering, Services
@@ -106,6 +107,17 @@ async def _serve(settings: Settings) -> None:
         await store.close()
 
 
+class _Connection(HttpToolsProtocol):
+    """A caller's connection, which doesn't hold up the gateway's end."""
+
+    def shutdown(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            # Closing TLS waits for the peer's answer, and a peer that keeps an idle connection reads nothing.
+            self.transport.abort()
+        else:
+            super().shutdown()
+
+
 async def _run(server: uvicorn.Server) -> None:
     """Serve until told to exit; a listener that can't be opened ends the process with a clear line."""
     await server._serve()  # noqa: SLF001 - `serve` would take the signals that this process handles itself
@@ -124,7 +136,8 @@ def _public(settings: Settings, services: Services) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=int(_DRAIN),
-        h11_max_incomplete_event_size=32 * 1024,
+        http=_Connection,
+        loop="uvloop",
     )
 
 
@@ -182,4 +195,3 @@ def _services(
         vhost=names.VHOST,
         ready=ready,
     )
-

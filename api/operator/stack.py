@@ -162,7 +162,8 @@ class Stack:
                 if service.wanted and service.child is not None and not service.child.running:
                     raise NodeError(f"The {service.name} ended at its start:\n{self.log_tail(service.name)}")
             try:
-                with urllib.request.urlopen(f"{self.settings.api_url}/health/ready", timeout=2, context=context):
+                url = f"{self.settings.api_url}/health/ready"
+                with urllib.request.urlopen(url, timeout=2, context=context):  # noqa: S310 - our own https URL
                     return
             except urllib.error.HTTPError as error:
                 said = error.read(2000).decode(errors="replace")
@@ -222,9 +223,7 @@ class Stack:
 
     def _environment(self) -> dict[str, str]:
         """What the services are told: every setting; secrets are in files that only the settings name."""
-        told = {
-            f"{PREFIX}{field.name.upper()}": str(getattr(self.settings, field.name)) for field in fields(Settings)
-        }
+        told = {f"{PREFIX}{field.name.upper()}": str(getattr(self.settings, field.name)) for field in fields(Settings)}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         return {**kept, **told, "PYTHONUNBUFFERED": "1", **self._extra}
 

@@ -31,4 +31,3 @@ def broker(settings: Settings, account: str) -> Broker:
     endpoint = Endpoint(settings.amqp_host, settings.amqp_port, account, account_password(settings.state_dir, account))
     publishing = Link(endpoint, f"{account} publishing")
     return Broker(publishing, Link(endpoint, f"{account} consuming"), AmqpPublisher(publishing))
-

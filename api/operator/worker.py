@@ -10,8 +10,8 @@ from api import logs
 from api.operator import wiring
 from api.operator.secrets import account_password
 from api.settings import Settings
-from fabric.amqp.consumer import Consumer
 from fabric.amqp.connection import Link
+from fabric.amqp.consumer import Consumer
 from fabric.amqp.declarer import declare_topology
 from fabric.mail import Postman, Republisher
 from fabric.management import ManagementClient
@@ -43,9 +43,7 @@ async def _serve(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = await open_store(settings.database)
     broker = wiring.broker(settings, access.WORKER)
-    admin = ManagementClient(
-        settings.management_url, access.ADMIN, account_password(settings.state_dir, access.ADMIN)
-    )
+    admin = ManagementClient(settings.management_url, access.ADMIN, account_password(settings.state_dir, access.ADMIN))
     came_back = asyncio.Event()
 
     async def prepare(link: Link) -> None:

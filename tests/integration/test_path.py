@@ -163,9 +163,7 @@ def test_telemetry_comes_back_over_http(stack: RunningStack, agent: AgentProcess
     for number in range(3):
         done = agent.cli("publish", "gas.flow", stdin=json.dumps({"litres": number}).encode())
         assert done.returncode == 0, done.stderr.decode()
-    answer = stack.ok(
-        stack.http.post(f"/v1/devices/{agent.id}/telemetry/gas.flow", json={"litres": 3})
-    )
+    answer = stack.ok(stack.http.post(f"/v1/devices/{agent.id}/telemetry/gas.flow", json={"litres": 3}))
     assert answer is not None
 
     def read(start: str, limit: int = 100) -> list[dict[str, object]]:
