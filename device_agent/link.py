@@ -24,7 +24,7 @@ from topology import names, wire
 MAX_UNCONFIRMED = 500  # publishes in flight; beyond, `publish` says no
 MAX_BACKOFF = 30.0  # seconds
 FIRST_BACKOFF = 0.5  # seconds: the bound of the first delay, doubled with each failure in a row
-STABLE_AFTER = 3.0  # seconds a connection must have served before a loss counts as the first again
+STABLE_AFTER = 1.0  # seconds a connection must have served before a loss counts as the first again
 HEARTBEAT = 30  # seconds
 SOCKET_TIMEOUT = 10.0  # seconds to connect
 STACK_TIMEOUT = 20.0  # seconds for TCP, TLS and AMQP together; the broker gives up after 10

@@ -19,7 +19,7 @@ from fabric.sql import open_store
 from fabric.uplink import Inbox
 from fabric.worker.claims import Claims
 from fabric.worker.clocks import Closures, Deadlines, Reconciler, Sequencer, keep_running
-from fabric.worker.gate import Gate
+from fabric.worker.gate import LOOK_EVERY, Gate
 from fabric.worker.reports import DeadLetters, Recorder, Reports
 from topology import access, layout, names
 
@@ -58,18 +58,19 @@ async def _serve(settings: Settings) -> None:
     ledger, registry, clock, publisher = store.ledger, store.registry, store.clock, broker.publisher
     recorder = Recorder(ledger, publisher)
     republisher = Republisher(ledger, Postman(ledger, publisher, clock), clock)
-    gate = Gate(lambda: publisher.depth(names.REPORTS))
+    gate = Gate(lambda: publisher.depth(names.REPORTS), broker.consuming.connected.is_set)
     reports = Reports(Inbox(names.REPORTS, ledger, clock), recorder, gate.handled)
     claims = Claims(Inbox(names.CLAIMS, ledger, clock), recorder, ledger, registry, publisher, clock)
     dead = DeadLetters(Inbox(names.RETURNED, ledger, clock), recorder, gate.is_open)
     consumers = [
-        Consumer(broker.consuming, names.REPORTS, reports.on_delivery, prefetch=_PREFETCH, on_start=gate.connected),
+        Consumer(broker.consuming, names.REPORTS, reports.on_delivery, prefetch=_PREFETCH, on_start=gate.started),
         Consumer(broker.consuming, names.CLAIMS, claims.on_delivery, prefetch=_PREFETCH),
         Consumer(broker.consuming, names.RETURNED, dead.on_delivery, prefetch=_PREFETCH),
     ]
     owner = f"{socket.gethostname()}:{os.getpid()}"
     reconciler = Reconciler(settings.cell, ledger, publisher, republisher)
     passes = {
+        "gate": (LOOK_EVERY, gate.look),
         "deadlines": (_TICK, Deadlines(ledger, recorder, clock, gate).run_once),
         "republisher": (_POLL, republisher.run_once),
         "sequencer": (_POLL, Sequencer(owner, ledger, publisher).run_once),
@@ -81,7 +82,6 @@ async def _serve(settings: Settings) -> None:
             await consumer.start()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(keep_running(name, every, once)) for name, (every, once) in passes.items()]
-            tasks.append(group.create_task(gate.watch()))
             tasks.append(group.create_task(_reconcile(came_back, reconciler)))
             log.info("worker.started owner=%s", owner)
             await stopping.wait()

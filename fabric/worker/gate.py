@@ -17,21 +17,20 @@ WAIT_AT_MOST = 30.0  # seconds: then the clocks run, whatever waits
 class Gate:
     """Open when the reports found at connecting are handled and the queue does not lag.
 
-    `depth` tells how many reports are ready now; None when the broker can't say.
+    Args:
+        depth: how many reports are ready now; None when the queue does not exist.
+        connected: is the connection that consumes `reports` up?
     """
 
-    def __init__(self, depth: Callable[[], Awaitable[int | None]]) -> None:
-        self._depth = depth
-        self._backlog = 0
+    def __init__(self, depth: Callable[[], Awaitable[int | None]], connected: Callable[[], bool]) -> None:
+        self._depth, self._connected = depth, connected
+        self._backlog: int | None = None  # None: not known, since the consumer has not (re)started
         self._closed_since: float | None = None
         self._ready_since: float | None = None
-        self._connected = False
 
-    def connected(self, depth: int) -> None:
-        """The consumer of `reports` has (re)connected and found so many messages."""
+    def started(self, depth: int) -> None:
+        """The consumer of `reports` has (re)started and found so many messages."""
         self._backlog = depth
-        self._connected = True
-        self._closed_since = asyncio.get_running_loop().time() if depth else None
 
     def handled(self) -> None:
         """One report has been handled."""
@@ -40,25 +39,21 @@ class Gate:
 
     def is_open(self) -> bool:
         now = asyncio.get_running_loop().time()
-        if not self._behind(now):
+        if not self._connected():
+            self._backlog = None
+        lagging = self._ready_since is not None and now - self._ready_since > BEHIND_AFTER
+        if self._backlog == 0 and not lagging:
             self._closed_since = None
             return True
         if self._closed_since is None:
             self._closed_since = now
-            log.info("deadlines.held reports=%d", self._backlog)
+            log.info("deadlines.held reports=%s", self._backlog)
         return now - self._closed_since >= WAIT_AT_MOST
 
-    async def watch(self) -> None:
-        """Follow the depth of `reports`; runs until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_EVERY)
-            ready = await self._depth()
-            now = asyncio.get_running_loop().time()
-            if not ready:
-                self._ready_since = None
-            elif self._ready_since is None:
-                self._ready_since = now
-
-    def _behind(self, now: float) -> bool:
-        lagging = self._ready_since is not None and now - self._ready_since > BEHIND_AFTER
-        return not self._connected or self._backlog > 0 or lagging
+    async def look(self) -> None:
+        """Follow the depth of `reports`; to be called every `LOOK_EVERY` seconds. Raises `Temporary`."""
+        ready = await self._depth()
+        if not ready:
+            self._ready_since = None
+        elif self._ready_since is None:
+            self._ready_since = asyncio.get_running_loop().time()

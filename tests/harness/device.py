@@ -218,12 +218,11 @@ class Device:
 
 
 class Refused(Exception):
-    """The broker ended the link, the session or the connection: its error condition."""
+    """The broker ended the link, the session or the connection: `name` is its error condition."""
 
-    def __init__(self, condition: proton.Condition | None) -> None:
-        super().__init__(str(condition))
-        self.name = str(condition.name) if condition else ""
-        self.description = str(condition.description) if condition else ""
+    def __init__(self, name: object, description: object) -> None:
+        super().__init__(f"{name}: {description}")
+        self.name, self.description = str(name), str(description)
 
 
 class _Paired(LinkOption):
@@ -232,6 +231,15 @@ class _Paired(LinkOption):
     def apply(self, link: proton.Link) -> None:
         link.properties = proton.PropertyDict({proton.symbol("paired"): True})
         link.source.address = link.target.address = MANAGEMENT
+        link.snd_settle_mode = proton.Link.SND_SETTLED
+
+
+class _Request(proton.Message):  # type: ignore[misc]  # proton carries no types
+    """A message that says null where there is no body: the management node insists on an amqp-value."""
+
+    def encode(self) -> bytes:
+        encoded: bytes = super().encode()
+        return encoded if self.body is not None else encoded + b"\x00\x53\x77\x40"
 
 
 class One(BlockingConnection):  # type: ignore[misc]  # proton carries no types
@@ -254,7 +262,7 @@ class One(BlockingConnection):  # type: ignore[misc]  # proton carries no types
                 virtual_host=hostname,
             )
         except proton.ConnectionException as error:
-            raise Refused(self.conn.remote_condition or self.conn.transport.condition) from error
+            raise Refused("connection", error) from error
 
     def on_session_remote_close(self, event: proton.Event) -> None:
         self._ended = event.session.remote_condition or proton.Condition("ended")
@@ -262,35 +270,30 @@ class One(BlockingConnection):  # type: ignore[misc]  # proton carries no types
     def wait(self, condition: Callable[[], bool], timeout: float | bool = False, msg: str | None = None) -> None:
         super().wait(lambda: self._ended is not None or condition(), timeout, msg)
         if self._ended is not None:
-            raise Refused(self._ended)
+            raise Refused(self._ended.name, self._ended.description)
 
     def sender(self, address: str | None) -> BlockingSender:
-        try:
+        with _links():
             return self.create_sender(address)
-        except proton.LinkException as error:
-            raise Refused(getattr(error, "condition", None)) from error
 
-    def send(self, address: str | None, body: bytes = b"", **message: Any) -> bool:
+    def send(self, to: str | None, body: bytes = b"", /, **message: Any) -> bool:
         """Attach to an address and send one message there: was it accepted?"""
-        try:
-            delivery = self.sender(address).send(proton.Message(body=body, **message), error_states=[])
-        except proton.LinkException as error:
-            raise Refused(getattr(error, "condition", None)) from error
+        with _links():
+            delivery = self.sender(to).send(proton.Message(body=body, **message), error_states=[])
         return bool(delivery.remote_state == proton.Delivery.ACCEPTED)
 
     def receiver(self, address: str | None, **how: Any) -> BlockingReceiver:
-        try:
+        with _links():
             return self.create_receiver(address, credit=1, **how)
-        except proton.LinkException as error:
-            raise Refused(getattr(error, "condition", None)) from error
 
     def manage(self, method: str, path: str, body: object = None) -> int:
         """One request to the management node; the status of its answer."""
-        answers = self.create_receiver(MANAGEMENT, credit=1, name="management", options=_Paired())
-        requests = self.create_sender(MANAGEMENT, name="management", options=_Paired())
-        request = proton.Message(address=path, subject=method, reply_to="$me", id=secrets.token_hex(8), body=body)
-        requests.send(request)
-        return int(answers.receive(TIMEOUT).subject)
+        with _links():
+            answers = self.create_receiver(MANAGEMENT, credit=1, name="management", options=_Paired())
+            requests = self.create_sender(MANAGEMENT, name="management", options=_Paired())
+            request = _Request(address=path, subject=method, reply_to="$me", id=secrets.token_hex(8), body=body)
+            requests.send(request)
+            return int(answers.receive(TIMEOUT).subject)
 
     def __enter__(self) -> "One":
         return self
@@ -298,6 +301,16 @@ class One(BlockingConnection):  # type: ignore[misc]  # proton carries no types
     def __exit__(self, *_: object) -> None:
         with suppress(proton.ProtonException, Refused):
             self.close()
+
+
+@contextmanager
+def _links() -> Iterator[None]:
+    try:
+        yield
+    except proton.LinkException as error:
+        raise Refused(getattr(error, "condition", "link"), error) from error
+    except proton.ConnectionException as error:
+        raise Refused("connection", error) from error
 
 
 def _without(members: Json) -> Json:

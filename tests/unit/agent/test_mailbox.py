@@ -1,0 +1,302 @@
+"""The mailbox's order of things (COMMANDS.md, rule 1) and the reporter's persistence, against a recording link."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from device_agent import handlers, journal
+from device_agent.clock import FabricClock
+from device_agent.handlers import Done, PythonHandlers
+from device_agent.identity import Identity, Peering, make_key
+from device_agent.journal import Journal, State, open_journal
+from device_agent.link import Mail
+from device_agent.mailbox import Mailbox
+from device_agent.reports import Reporter
+from fabric import signing
+from topology import names, wire
+
+NOW = 1_800_000_000_000
+DEVICE = names.DeviceId("garage-7")
+SIGNER = signing.signing_key(ec.generate_private_key(ec.SECP256R1()))
+
+
+class Recorder:
+    """Plays link and runner: everything done is written down in order, with the journal's state at that moment."""
+
+    def __init__(self, kept: Journal) -> None:
+        self.kept = kept
+        self.up = True
+        self.events: list[tuple[str, object]] = []
+        self.published: list[tuple[str, wire.Message, Callable[[bool], None] | None]] = []
+        self.timers: list[tuple[float, Callable[..., None], tuple[object, ...]]] = []
+        self.ended: Callable[[Done], None] | None = None
+
+    def ack(self, mail: Mail) -> None:
+        self.events.append(("ack", mail.tag))
+
+    def publish(self, key: str, message: wire.Message, done: Callable[[bool], None] | None) -> bool:
+        if self.up:
+            entry = self.kept.find(names.CommandId(message.correlation_id or ""))
+            self.events.append((key.partition(".")[0], entry.state if entry else None))
+            self.published.append((key, message, done))
+        return self.up
+
+    def submit(self, job: object, context: object, ended: Callable[[Done], None]) -> None:
+        self.events.append(("start", None))
+        self.ended = ended
+
+    def call(self, function: Callable[..., None], *arguments: object) -> None:
+        function(*arguments)
+
+    soon = call
+
+    def later(self, delay: float, function: Callable[..., None], *arguments: object) -> Any:
+        self.timers.append((delay, function, arguments))
+
+        class Handle:
+            def cancel(self) -> None: ...
+
+        return Handle()
+
+    def fire(self) -> None:
+        due, self.timers = self.timers, []
+        for _, function, arguments in due:
+            function(*arguments)
+
+    def open_mailbox(self, prefetch: int) -> None:
+        self.events.append(("open", prefetch))
+
+    def close_mailbox(self) -> None: ...
+
+    def reset(self, reason: str) -> None:
+        self.events.append(("reset", None))
+
+    def outcomes(self) -> list[wire.Outcome]:
+        return [wire.decode_outcome(message) for _, message, _ in self.published if message.type == "outcome"]
+
+
+class World:
+    def __init__(self, directory: Path) -> None:
+        self.kept = open_journal(directory)
+        self.link = Recorder(self.kept)
+        clock = FabricClock(lambda: 0.0)
+        clock.adjust(NOW, 0.0, 0.0)
+        python = PythonHandlers()
+        python.register("door.close", lambda: "closed", idempotent=False)
+        python.register("door.state", lambda: "closed", idempotent=True)
+        peering = Peering(DEVICE, "h", 1, "devices", "u", "m", "a", {SIGNER.kid: SIGNER.private.public_key()})
+        link: Any = self.link
+        self.reporter = Reporter(link, self.kept, DEVICE)
+        self.reporter.link_up()
+        self.mailbox = Mailbox(
+            identity=Identity(make_key(directory), peering, ""),
+            link=link,
+            journal=self.kept,
+            clock=clock,
+            reporter=self.reporter,
+            runner=link,
+            sources=[python],
+            slots=1,
+        )
+        self._tag = 0
+
+    def take(self, sent: wire.Command, *, redelivered: bool = False, signed: bool = True, **changed: Any) -> None:
+        self._tag += 1
+        signature = signing.sign_command(SIGNER, sent, DEVICE) if signed else ""
+        message = wire.encode_command(replace(sent, sig=signature, sig_kid=SIGNER.kid), NOW)
+        self.mailbox.take(Mail(self._tag, 1, redelivered, replace(message, **changed)))
+
+
+def command(number: int = 1, **changed: Any) -> wire.Command:
+    made = wire.Command(
+        id=names.CommandId(f"0199c0de-0000-7000-8000-{number:012x}"),
+        name="door.close",
+        body=b"{}",
+        content_type=wire.JSON,
+        not_after=NOW + 60_000,
+        response_timeout=30_000,
+        issuer="billing",
+        seq=number,
+        attempt=1,
+        claim=False,
+        generation=1,
+        sig="",
+        sig_kid="",
+        at=NOW,
+    )
+    return replace(made, **changed)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.kept.close()
+
+
+def test_journal_then_ack_then_receipt_then_start(world: World) -> None:
+    world.take(command())
+    assert world.link.events == [("ack", 1), ("receipt", State.STARTED), ("start", None)]
+    assert world.kept.find(command().id) is not None
+
+
+def test_mail_that_waits_for_a_slot_is_neither_acked_nor_journaled(world: World) -> None:
+    world.take(command(1))
+    world.take(command(2))
+    assert ("ack", 2) not in world.link.events
+    assert world.kept.find(command(2).id) is None
+    assert world.link.ended is not None
+    world.link.ended(handlers.succeeded("closed"))
+    assert ("ack", 2) in world.link.events
+    assert [one.command for one in world.link.outcomes()] == [command(1).id]
+
+
+def answer(world: World, granted: tuple[int, ...] = (), refused: dict[int, str] | None = None) -> None:
+    (claim,) = [message for _, message, _ in world.link.published if message.type == "claim"][-1:]
+    said = {command(number).id: reason for number, reason in (refused or {}).items()}
+    ids = tuple(command(number).id for number in granted)
+    world.mailbox.claim_answered(wire.encode_claim_answer(wire.ClaimAnswer(str(claim.correlation_id), ids, said, NOW)))
+
+
+def test_claimed_mail_stays_unacked_until_the_grant_and_keeps_the_slot(world: World) -> None:
+    world.take(command(1), redelivered=True)
+    world.take(command(2))
+    assert [event for event, _ in world.link.events] == ["claim"]
+    answer(world, granted=(1,))
+    assert world.link.events[1:] == [("ack", 1), ("receipt", State.STARTED), ("start", None)]
+
+
+def test_an_unanswered_claim_is_asked_again(world: World) -> None:
+    world.take(command(claim=True))
+    world.link.fire()
+    assert [event for event, _ in world.link.events] == ["claim", "claim"]
+    answer(world, granted=(1,))
+    assert ("start", None) in world.link.events
+
+
+def test_a_refusal_is_journaled_and_acked_in_silence(world: World) -> None:
+    for number, reason in ((1, "cancelled"), (2, "taken")):
+        world.take(command(number, claim=True))
+        answer(world, refused={number: reason})
+        entry = world.kept.find(command(number).id)
+        assert entry is not None
+        assert entry.state == State.REFUSED
+        assert ("ack", number) in world.link.events
+    assert world.link.outcomes() == []
+
+
+def test_a_claim_refused_as_unanswered_resolves_the_doubt(world: World) -> None:
+    world.take(command(claim=True))
+    answer(world, refused={1: "unanswered"})
+    (said,) = world.link.outcomes()
+    assert (said.status, said.reason) == ("rejected", "claim-refused")
+
+
+def test_a_stray_answer_changes_nothing(world: World) -> None:
+    world.take(command(claim=True))
+    stray = wire.ClaimAnswer("not-asked", (command().id,), {}, NOW)
+    world.mailbox.claim_answered(wire.encode_claim_answer(stray))
+    assert [event for event, _ in world.link.events] == ["claim"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"signed": False}, "unsigned"),
+        ({"body": b'{"speed":9}'}, "unsigned"),
+        ({"headers": {"v": "2.0"}}, "unsupported: contract version 2.0; this side speaks 1.0"),
+        ({"headers": {"v": "1.0"}}, "malformed: header 'name' is not a text of at most 128 characters"),
+    ],
+)
+def test_what_is_no_signed_command_is_answered_and_never_journaled(
+    world: World, changed: dict[str, Any], reason: str
+) -> None:
+    world.take(command(), **changed)
+    (said,) = world.link.outcomes()
+    assert (said.status, said.reason) == ("rejected", reason)
+    assert ("ack", 1) in world.link.events
+    assert world.kept.find(command().id) is None
+
+
+@pytest.mark.parametrize("field", ["name", "not_after", "claim", "generation", "issuer", "content_type"])
+def test_the_signature_covers_what_a_command_means(world: World, field: str) -> None:
+    altered = {"name": "door.state", "not_after": NOW + 10**6, "claim": True, "generation": 2, "issuer": "x"}
+    value = altered.get(field, "text/plain")
+    signature = signing.sign_command(SIGNER, command(), DEVICE)
+    forged = replace(command(), sig=signature, sig_kid=SIGNER.kid, **{field: value})
+    world.mailbox.take(Mail(1, 1, False, wire.encode_command(forged, NOW)))
+    (said,) = world.link.outcomes()
+    assert said.reason == "unsigned"
+
+
+def test_a_forged_copy_can_not_make_the_agent_deny_what_it_started(world: World) -> None:
+    world.take(command())
+    world.take(command(), signed=False)
+    assert world.link.outcomes() == []
+    assert ("ack", 2) in world.link.events
+
+
+def test_undecodable_and_other_mail_is_acked(world: World) -> None:
+    world.take(command(), type="restante.undecodable", message_id=None, headers={"reason": "x"})
+    world.take(command(), type="notification")
+    assert world.link.events == [("ack", 1), ("ack", 2)]
+
+
+def test_a_full_journal_stops_the_fetching(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "MAX_ENTRIES", 0)
+    world.take(command())
+    assert world.link.events == []
+    monkeypatch.setattr(journal, "MAX_ENTRIES", 10)
+    world.link.fire()
+    assert ("start", None) in world.link.events
+
+
+def test_a_journal_that_fails_acks_nothing_and_gives_the_mail_back(world: World) -> None:
+    world.kept._db.execute("PRAGMA query_only = 1")
+    world.take(command())
+    assert world.link.events == [("reset", None)]
+
+
+def test_what_runs_says_so_again_after_a_reconnect(world: World) -> None:
+    world.take(command())
+    world.mailbox.link_down()
+    world.mailbox.link_up()
+    assert [event for event, _ in world.link.events].count("receipt") == 2
+
+
+def test_an_outcome_is_sent_until_it_is_confirmed(world: World) -> None:
+    world.take(command())
+    assert world.link.ended is not None
+    world.link.ended(handlers.succeeded("closed"))
+    for attempt in range(1, 4):
+        assert len(world.link.outcomes()) == attempt
+        world.link.published[-1][2](False)  # type: ignore[misc]  # an outcome always has one
+        world.link.fire()
+    world.link.up = False
+    world.link.published[-1][2](False)  # type: ignore[misc]
+    assert not world.reporter.idle
+    world.link.up = True
+    world.reporter.link_up()
+    world.link.published[-1][2](True)  # type: ignore[misc]
+    assert world.reporter.idle
+    world.kept.flush()
+    assert world.kept.counts()["reported"] == 1
+
+
+def test_more_outcomes_than_the_window_all_go_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("device_agent.reports.WINDOW", 3)
+    for number in range(1, 11):
+        world.kept.start(command(number), NOW, keep_request=False)
+        world.kept.finish(wire.Outcome(command(number).id, "a" * 16, "succeeded", None, b"1", wire.JSON, NOW + number))
+    world.reporter.again()
+    confirmed = 0
+    while confirmed < len(world.link.published):
+        assert len(world.link.published) - confirmed <= 3
+        world.link.published[confirmed][2](True)  # type: ignore[misc]
+        confirmed += 1
+    assert [one.command for one in world.link.outcomes()] == [command(number).id for number in range(1, 11)]
+    assert world.reporter.idle
