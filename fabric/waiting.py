@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from fabric.command import SETTLED, Command
+from fabric.errors import Temporary
 from fabric.model import TimelineRow
 from fabric.ports import Delivery, Publisher
 from topology import names
@@ -84,6 +85,7 @@ class Waiter:
 
 
 async def announce(publisher: Publisher, command: Command) -> None:
-    """Tell every gateway that a command has settled."""
+    """Tell every gateway that a command has settled. Without a broker they find out by looking."""
     body = json.dumps({"id": command.id, "state": command.state}).encode()
-    await publisher.send(names.WAKE, "", Message("wake", {}, body, JSON, persistent=False))
+    with suppress(Temporary):
+        await publisher.send(names.WAKE, "", Message("wake", {}, body, JSON, persistent=False))

@@ -162,7 +162,8 @@ def _services(
         try:
             await ledger.incarnation()
         except Temporary as error:
-            problems["ledger"] = str(error)
+            log.warning("ready.ledger error=%s", error)
+            problems["ledger"] = "not answering"
         for what, link in (("broker-publishing", broker.publishing), ("broker-consuming", broker.consuming)):
             if not link.connected.is_set():
                 problems[what] = "not connected"

@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 
+import uvloop
+
 from api import logs
 from api.operator import wiring
 from api.operator.secrets import account_password
@@ -33,7 +35,8 @@ _PREFETCH = 200
 def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
     logs.configure(settings.log_level)
-    asyncio.run(_serve(settings))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings))
     return 0
 
 

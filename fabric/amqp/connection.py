@@ -31,7 +31,8 @@ CALLBACKS_TIMEOUT = 30.0  # seconds for all callbacks of one connection
 CLOSE_TIMEOUT = 3.0  # seconds until a close is no longer waited for
 HEARTBEAT = 10  # seconds
 FIRST_BACKOFF = 0.2  # seconds, doubled with each failure
-LONGEST_BACKOFF = 10.0  # seconds
+LONGEST_BACKOFF = 3.0  # seconds: a fabric has few links, and commands wait for them
+REFUSED_BACKOFF = 30.0  # seconds, after refused credentials: nothing but a person changes those
 STEADY_AFTER = 10.0  # seconds a connection must have lived for the back-off to start over
 _TEXT_LIMIT = 300  # characters of a library's error text
 
@@ -198,11 +199,15 @@ class Link:
             if up and time.monotonic() - began > STEADY_AFTER:
                 failures = 0
             self._report(up=up, repeated=failures > 0)
-            if isinstance(self._failure, exceptions.ProbableAuthenticationError):
-                failures = 16  # nothing but a person changes that: the longest back-off at once
             self._notify()
-            await asyncio.sleep(random.uniform(0, min(LONGEST_BACKOFF, FIRST_BACKOFF * 2**failures)))  # noqa: S311
+            await asyncio.sleep(self._backoff(failures))
             failures = min(failures + 1, 16)
+
+    def _backoff(self, failures: int) -> float:
+        longest = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2**failures)
+        if isinstance(self._failure, exceptions.ProbableAuthenticationError):
+            longest = REFUSED_BACKOFF
+        return random.uniform(0, longest)  # noqa: S311 - not a secret
 
     @contextlib.asynccontextmanager
     async def _session(self) -> AsyncIterator[aiormq.Connection]:

@@ -5,6 +5,7 @@ SQLAlchemy is used synchronously, in threads: an async engine pays a greenlet sw
 
 import asyncio
 import enum
+import fcntl
 import os
 import random
 import sqlite3
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,8 +54,8 @@ class Database:
         self.sqlite = self.engine.dialect.name == "sqlite"
         # A read on PostgreSQL then needs no BEGIN; on SQLite a statement without one is its own transaction.
         self._reading = self.engine if self.sqlite else create_engine(url, connections=readers, autocommit=True)
-        # SQLite's own waiting polls; between the threads of one process a lock is fair and wakes at once.
-        self._turn: AbstractContextManager[Any] = threading.Lock() if self.sqlite else nullcontext()
+        # SQLite's own waiting polls, for longer each time; a lock of the operating system wakes at once.
+        self._turn = Turn(Path(f"{self.engine.url.database}-turn")) if self.sqlite else nullcontext()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sql-writer")
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="sql-reader")
         self._waiting = 0
@@ -140,6 +141,8 @@ class Database:
     def _close(self) -> None:
         self._writer.shutdown()
         self._readers.shutdown()
+        if isinstance(self._turn, Turn):
+            self._turn.close()
         self.engine.dispose()
         self._reading.dispose()
 
@@ -176,6 +179,38 @@ class Database:
                     raise LedgerUnavailable(f"The database can't be used now: {_first_line(error)}") from error
             time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause = min(pause * 2, longest)
+
+
+class Turn:
+    """Whose turn it is to write a SQLite database, among all threads of all processes; a context manager.
+
+    Only a courtesy: SQLite's own locks decide. The kernel releases it when its holder dies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = threading.Lock()  # `flock` is per open file, and this process has one
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> None:
+        self._thread.acquire()
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, _FILE_MODE)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            self._thread.release()
+            raise LedgerUnavailable(f"The file {self._path} can't be locked: {error.strerror}.") from error
+
+    def __exit__(self, *_: object) -> None:
+        assert self._descriptor is not None  # noqa: S101 - opened on entering
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self._thread.release()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class Trouble(enum.Enum):

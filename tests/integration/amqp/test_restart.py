@@ -21,14 +21,9 @@ from topology.wire import Message
 REPORT = Message("receipt", {"v": "1.0"}, message_id="r")
 
 
-async def publish_to_stream(publisher: AmqpPublisher, message: Message) -> None:
-    """A broker that has just started takes connections before it finds its streams: it refuses for a while."""
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                return await publisher.publish(names.UPLINK, "telemetry.dev.ch", message)
-            except PublishFailed:
-                await asyncio.sleep(0.1)
+# Seconds. A node that is killed within one of declaring its first stream ever has its streams "not found" for
+# good (measured on 4.3.6: it had not yet written down that it runs a stream coordinator). Not what is tested here.
+STREAMS_ARE_KEPT_AFTER = 3.0
 
 
 async def test_a_killed_broker_comes_back(broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
@@ -67,6 +62,7 @@ async def test_a_killed_broker_comes_back(broker: Broker, caplog: pytest.LogCapt
             await publisher.publish(names.UPLINK, "receipt.dev", REPORT)
             await eventually(lambda: len(handled) == 1)
 
+            await asyncio.sleep(STREAMS_ARE_KEPT_AFTER)
             for round_ in range(2):
                 confirmed, unknown = [], 0
 
@@ -105,7 +101,7 @@ async def test_a_killed_broker_comes_back(broker: Broker, caplog: pytest.LogCapt
                 await publisher.send(names.WAKE, "", dataclasses.replace(REPORT, body=b"w", persistent=False))
                 await eventually(lambda: woken == [b"w"])
                 body = f"after-{round_}".encode()
-                await publish_to_stream(publisher, dataclasses.replace(REPORT, body=body))
+                await publisher.publish(names.UPLINK, "telemetry.dev.ch", dataclasses.replace(REPORT, body=body))
                 assert (await asyncio.wait_for(anext(readings), 20)).message.body == body
         assert declared == 6
         await consumer.stop()
