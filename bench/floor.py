@@ -34,7 +34,8 @@ class Floor:
         }
         credentials = pika.PlainCredentials(ACCOUNT, password)
         self._connection = pika.BlockingConnection(
-            pika.ConnectionParameters("127.0.0.1", stack.settings.amqp_port, names.VHOST, credentials)
+            # Without heartbeats: between its rounds nobody serves this connection.
+            pika.ConnectionParameters("127.0.0.1", stack.settings.amqp_port, names.VHOST, credentials, heartbeat=0)
         )
         self._channel = self._connection.channel()
         self._channel.queue_declare(QUEUE, durable=True)

@@ -1,6 +1,7 @@
-"""Batching without a timer: what has queued up while the last flush ran goes into the next one.
+"""Batching by load: what has queued up while the last flush ran goes into the next one.
 
 A lone item is flushed at once; under load the batches grow by themselves and one transaction carries many.
+An item may be patient: it starts no flush of its own for a while, and goes with the next one that is started.
 """
 
 import asyncio
@@ -56,8 +57,12 @@ class Batcher(Generic[T, R]):
         if self._task is not None:
             await asyncio.shield(self._task)
 
-    async def submit(self, item: T) -> R:
+    async def submit(self, item: T, patience: float = 0.0) -> R:
         """The item's result, once its batch was flushed.
+
+        Args:
+            item: what to flush.
+            patience: seconds that it waits for another item to start a flush, at most.
 
         A caller that is cancelled while the item still waits takes it back; later, its fate is unknown.
 
@@ -71,7 +76,10 @@ class Batcher(Generic[T, R]):
             raise Temporary("the ledger takes no more writes: it is being stopped")
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._queue.append((item, future))
-        self._wake.set()
+        if patience:
+            asyncio.get_running_loop().call_later(patience, self._wake.set)
+        else:
+            self._wake.set()
         return await future
 
     async def _run(self) -> None:

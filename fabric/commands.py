@@ -4,15 +4,16 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 
-from fabric import ids
+from fabric import ids, presenting
 from fabric.clock import Clock
-from fabric.command import SETTLED, Command
+from fabric.command import Command
 from fabric.errors import Conflict, NotFound
 from fabric.mail import Postman, to_wire
 from fabric.model import Accept, Accepted
 from fabric.ports import Ledger, Registry
+from fabric.presenting import Document
 from fabric.signing import SigningKey, sign_command
-from fabric.waiting import Record, Waiters
+from fabric.waiting import Waiters, is_settled
 from topology.names import CommandId, DeviceId
 
 SECOND = 1_000_000
@@ -61,8 +62,8 @@ class Commands:
         self._waiters, self._clock, self._key, self._start = waiters, clock, key, start
         self._generations: dict[DeviceId, int] = {}
 
-    async def submit(self, request: Request, wait: float | None = None) -> Record:
-        """Accept a command and bring it to the device's mailbox.
+    async def submit(self, request: Request, wait: float | None = None) -> Document:
+        """Accept a command and bring it to the device's mailbox; returns its document.
 
         Args:
             wait: seconds to wait for it to settle; None waits for the broker's confirm, half a second at
@@ -81,17 +82,17 @@ class Commands:
                 found = await self._waiters.read(id)
             else:
                 found = await waiter.settled(wait)
-        return found or (accepted, [])
+        return found or presenting.command(accepted, [])
 
-    async def find(self, id: CommandId, wait: float | None = None) -> Record:
-        """A command and its timeline; with `wait`, once it is settled or that many seconds are over.
+    async def find(self, id: CommandId, wait: float | None = None) -> Document:
+        """A command's document; with `wait`, once it is settled or that many seconds are over.
 
         Raises:
             NotFound: no such command.
         """
         with self._waiters.register(id) as waiter:
             found = await self._waiters.read(id)
-            if found is not None and wait and found[0].state not in SETTLED:
+            if found is not None and wait and not is_settled(found):
                 found = await waiter.settled(wait)
         if found is None:
             raise NotFound(f"there is no command {id}")

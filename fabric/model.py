@@ -127,8 +127,8 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something that happened to a command. With `device`, the change is dropped unless the command is
-    that device's; with `generation`, unless it is of that generation."""
+    """Something that happened to a command. With `device`, the change is dropped unless the command is that
+    device's, and of its present generation."""
 
     command: CommandId
     event: Event
@@ -142,7 +142,10 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
+    """`timeline`: the whole of it, when the change settled the command, so that it can be announced."""
+
     step: Step
+    timeline: tuple[TimelineRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,8 +87,9 @@ class BrokerAdmin(Protocol):
 class Ledger(Protocol):
     """The commands. All changes go through `write`, in batches: one transaction per flush."""
 
-    async def write(self, *writes: Write) -> list[Result]:
-        """Apply all, in one transaction with others that wait, and commit; results in order.
+    async def write(self, *writes: Write, patience: float = 0.0) -> list[Result]:
+        """Apply all, in one transaction with others that wait, and commit; results in order. With `patience`
+        (seconds), wait so long at most for another write to start the transaction.
 
         A change is stepped through the transition table against the committed row (locked), so that
         any number of processes may write at once.

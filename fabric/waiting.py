@@ -1,74 +1,80 @@
 """Requests that wait for a command to settle, and the wake-ups that end their wait.
 
-A wake-up is a hint: it may be lost with its exchange's transient queue, so every waiter also looks for
-itself once a second. The ledger is what is believed.
+A wake-up carries the settled command's document, as the ledger committed it, so that nobody has to read it
+again. It may be lost with its exchange's transient queue: every waiter also looks for itself once a second.
 """
 
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
+from fabric import presenting
 from fabric.command import SETTLED, Command
 from fabric.errors import Temporary
 from fabric.model import TimelineRow
 from fabric.ports import Delivery, Publisher
+from fabric.presenting import Document
 from topology import names
 from topology.names import CommandId
 from topology.wire import JSON, Message
 
 LOOK_EVERY = 1.0  # seconds: how late a lost wake-up can make an answer
-
-Record = tuple[Command, list[TimelineRow]]
+LARGEST = 64 * 1024  # bytes of a document in a wake-up; a larger one is read from the ledger
 
 
 class Waiters:
-    """The commands that requests of this process wait for."""
+    """The commands that requests of this process wait for. `read` gives a command's document from the ledger."""
 
-    def __init__(self, read: Callable[[CommandId], Awaitable[Record | None]]) -> None:
+    def __init__(self, read: Callable[[CommandId], Awaitable[Document | None]]) -> None:
         self._read = read
-        self._events: defaultdict[CommandId, set[asyncio.Event]] = defaultdict(set)
-
-    def wake(self, command: CommandId) -> None:
-        for event in self._events.get(command, ()):
-            event.set()
+        self._waiting: defaultdict[CommandId, set[Waiter]] = defaultdict(set)
 
     async def on_delivery(self, delivery: Delivery) -> None:
         """Handle a message of the `wake` exchange; one that can't be read only costs a second's wait."""
         with suppress(ValueError, TypeError, KeyError):
-            self.wake(CommandId(json.loads(delivery.message.body)["id"]))
+            document = json.loads(delivery.message.body)
+            for waiter in self._waiting.get(CommandId(document["id"]), ()):
+                waiter.wake(document if "timeline" in document else None)
+        await delivery.ack()
 
     def register(self, command: CommandId) -> "Waiter":
         """Start to listen. To be called before the mail is published, or the wake-up may be missed."""
-        event = asyncio.Event()
-        self._events[command].add(event)
-        return Waiter(self, command, event)
+        waiter = Waiter(self, command)
+        self._waiting[command].add(waiter)
+        return waiter
 
-    def forget(self, command: CommandId, event: asyncio.Event) -> None:
-        waiting = self._events.get(command)
+    def forget(self, command: CommandId, waiter: "Waiter") -> None:
+        waiting = self._waiting.get(command)
         if waiting is not None:
-            waiting.discard(event)
+            waiting.discard(waiter)
             if not waiting:
-                del self._events[command]
+                del self._waiting[command]
 
-    async def read(self, command: CommandId) -> Record | None:
+    async def read(self, command: CommandId) -> Document | None:
         return await self._read(command)
 
 
 class Waiter:
     """One request's wait; a context manager, so that it is forgotten whatever happens."""
 
-    def __init__(self, waiters: Waiters, command: CommandId, event: asyncio.Event) -> None:
-        self._waiters, self._command, self._event = waiters, command, event
+    def __init__(self, waiters: Waiters, command: CommandId) -> None:
+        self._waiters, self._command = waiters, command
+        self._event = asyncio.Event()
+        self._document: Document | None = None
 
     def __enter__(self) -> "Waiter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._waiters.forget(self._command, self._event)
+        self._waiters.forget(self._command, self)
 
-    async def settled(self, seconds: float) -> Record | None:
+    def wake(self, document: Document | None) -> None:
+        self._document = document
+        self._event.set()
+
+    async def settled(self, seconds: float) -> Document | None:
         """The command once it is settled, or as it is when the time is up; None when it is unknown."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
@@ -78,14 +84,22 @@ class Waiter:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(min(remaining, LOOK_EVERY)):
                         await self._event.wait()
+            if self._document is not None:
+                return self._document
             self._event.clear()
             found = await self._waiters.read(self._command)
-            if found is None or found[0].state in SETTLED or loop.time() >= end:
+            if found is None or is_settled(found) or loop.time() >= end:
                 return found
 
 
-async def announce(publisher: Publisher, command: Command) -> None:
+def is_settled(document: Document) -> bool:
+    return document["state"] in SETTLED
+
+
+async def announce(publisher: Publisher, command: Command, timeline: Sequence[TimelineRow] = ()) -> None:
     """Tell every gateway that a command has settled. Without a broker they find out by looking."""
-    body = json.dumps({"id": command.id, "state": command.state}).encode()
+    body = json.dumps(presenting.command(command, timeline), separators=(",", ":")).encode() if timeline else b""
+    if not 0 < len(body) <= LARGEST:
+        body = json.dumps({"id": command.id, "state": command.state}).encode()
     with suppress(Temporary):
         await publisher.send(names.WAKE, "", Message("wake", {}, body, JSON, persistent=False))

@@ -17,6 +17,7 @@ from api.operator import authority, wiring
 from api.operator.setup import Files, load_signing_key
 from api.services import Peering, Services
 from api.settings import Settings
+from fabric import presenting
 from fabric.amqp.consumer import wake_consumer
 from fabric.amqp.streams import AmqpStreamReader
 from fabric.commands import Commands
@@ -26,11 +27,13 @@ from fabric.identity.enrollment import Enrollment
 from fabric.identity.issued import IssuedTokens
 from fabric.identity.login import Audiences, DeviceLogins
 from fabric.mail import Postman
+from fabric.presenting import Document
 from fabric.signing import jwks
 from fabric.sql import Store, open_store
 from fabric.telemetry import Telemetry
 from fabric.waiting import Waiters
 from topology import access, enrollment, names
+from topology.names import CommandId
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,12 @@ async def _serve(settings: Settings) -> None:
     store = await open_store(settings.database)
     broker = wiring.broker(settings, access.GATEWAY)
     background = Background()
-    waiters = Waiters(store.ledger.command)
+
+    async def read(id: CommandId) -> Document | None:
+        found = await store.ledger.command(id)
+        return None if found is None else presenting.command(*found)
+
+    waiters = Waiters(read)
     wakes = wake_consumer(broker.consuming, waiters.on_delivery)
     services = _services(settings, store, broker, waiters, background)
     public = uvicorn.Server(_public(settings, services))

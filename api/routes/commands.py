@@ -10,11 +10,11 @@ from api import answers, bodies, headers, openapi, schemas
 from api.callers import Requires, services
 from api.problems import Problem, invalid
 from fabric import presenting
-from fabric.command import SETTLED
 from fabric.commands import DEFAULT_RESPONSE_TIMEOUT, DEFAULT_TTL
 from fabric.commands import Request as Order
 from fabric.identity.issued import Caller
-from fabric.waiting import Record
+from fabric.presenting import Document
+from fabric.waiting import is_settled
 from topology import wire
 from topology.names import CommandId, DeviceId
 
@@ -89,8 +89,7 @@ async def send(
 async def get(request: Request, id: schemas.Uuid, _: Annotated[Caller, Depends(_READ)]) -> Response:
     """With its timeline and outcome. `Prefer: wait` waits until it is settled."""
     wait = headers.wait(request.headers.getlist("prefer"))
-    command, timeline = await services(request).commands.find(CommandId(id), wait)
-    return answers.answer(presenting.command(command, timeline), 200, _applied(wait))
+    return answers.answer(await services(request).commands.find(CommandId(id), wait), 200, _applied(wait))
 
 
 @router.get(
@@ -165,11 +164,10 @@ async def _raw(request: Request, device: DeviceId, query: schemas.RawCommand, ca
     )
 
 
-def _answer(record: Record, wait: int | None) -> Response:
-    command, timeline = record
-    status = 200 if command.state in SETTLED else 202
-    location = {"Location": f"/v1/commands/{command.id}"}
-    return answers.answer(presenting.command(command, timeline), status, location | _applied(wait))
+def _answer(document: Document, wait: int | None) -> Response:
+    status = 200 if is_settled(document) else 202
+    location = {"Location": f"/v1/commands/{document['id']}"}
+    return answers.answer(document, status, location | _applied(wait))
 
 
 def _applied(wait: int | None) -> dict[str, str]:

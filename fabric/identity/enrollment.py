@@ -90,5 +90,6 @@ class Enrollment:
             raise Invalid("proof is for another code")
         iat = claims["iat"]
         now = self._clock.now() // 1_000_000
-        if not isinstance(iat, int | float) or abs(iat - now) > enrollment.PROOF_LIFE:
+        # "Not within" rather than "beyond": JSON's NaN is neither.
+        if not isinstance(iat, int | float) or not abs(iat - now) <= enrollment.PROOF_LIFE:
             raise Invalid("proof was not made now; check the device's clock")

@@ -4,7 +4,7 @@ import binascii
 from collections.abc import Mapping
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from jwt.utils import base64url_decode
+from jwt.utils import base64url_decode, base64url_encode
 
 from fabric.errors import Invalid
 
@@ -42,6 +42,7 @@ def public_key(jwk: Mapping[str, str]) -> ec.EllipticCurvePublicKey:
 
 def _coordinate(text: str) -> int:
     raw = base64url_decode(text)
-    if len(raw) != 32 or len(text) != 43:
-        raise ValueError("a coordinate has 32 bytes")
+    # Decoding overlooks two spare bits and some characters: a key spelled otherwise would have another thumbprint.
+    if len(raw) != 32 or base64url_encode(raw).decode() != text:
+        raise ValueError("a coordinate has 32 bytes, in the one spelling that base64url has for them")
     return int.from_bytes(raw, "big")

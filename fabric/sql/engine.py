@@ -65,26 +65,32 @@ class Database:
         """Run reading statements, each on its own snapshot. Tried again when the connection was lost."""
         return await self._in_reader(lambda: self._retrying(lambda: self._read(work)))
 
-    async def write(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run a transaction. It is tried again as long as it can't have been committed.
+    async def write(self, work: Callable[[sa.Connection], T], *, durable: bool = True) -> T:
+        """Run a transaction. It is tried again as long as it can't have been committed. One that is not
+        `durable` may be lost when the database's machine crashes within the second.
 
         Raises:
             LedgerUnavailable: not committed, or, if the connection was lost during the commit, perhaps so.
         """
-        return await self._in_reader(lambda: self.transact(work))
+        return await self._in_reader(lambda: self.transact(work, durable=durable))
 
     async def write_batch(self, work: Callable[[], T]) -> T:
         """Run something in the batch ledger's thread; it calls `transact` itself."""
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
     def transact(
-        self, work: Callable[[sa.Connection], T], *, committed: Callable[[sa.Connection, T], bool] | None = None
+        self,
+        work: Callable[[sa.Connection], T],
+        *,
+        committed: Callable[[sa.Connection, T], bool] | None = None,
+        durable: bool = True,
     ) -> T:
         """`write`, in the calling thread.
 
         Args:
             committed: asked on a new connection when the old one was lost during the commit, with the result of
                 `work`: is it in the database? If not, `work` is run again.
+            durable: as for `write`.
         """
         doubtful: list[T] = []
 
@@ -93,7 +99,10 @@ class Database:
                 transaction = connection.begin()
                 try:
                     if self.sqlite:
+                        connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                         connection.exec_driver_sql("BEGIN IMMEDIATE")
+                    elif not durable:
+                        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
                     if doubtful and committed is not None and committed(connection, doubtful[-1]):
                         transaction.rollback()
                         return doubtful[-1]

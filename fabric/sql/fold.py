@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from fabric.command import Command, Event, Micros, Step, accept, step
 from fabric.errors import Conflict, FabricError, NotFound
-from fabric.model import Accept, Accepted, Change, Changed, Dropped, Result, Write
+from fabric.model import Accept, Accepted, Change, Changed, Dropped, Result, TimelineRow, Write
 from fabric.sql import rows, schema
 from topology.names import CommandId, DeviceId
 
@@ -125,6 +125,23 @@ class Fold:
             execute(INSERT_EVENTS, _one_or_many(self._events))
         return fresh + [held.command for held in changed]
 
+    def told(self, results: Sequence[Result]) -> list[Result]:
+        """The results, those of changes that settled a command with its timeline. To be called after `save`."""
+        settled = sorted(
+            {result.step.command.id for result in results if isinstance(result, Changed) and result.step.settled}
+        )
+        if not settled:
+            return list(results)
+        timelines: dict[CommandId, list[TimelineRow]] = {id: [] for id in settled}
+        for row in _among(self._connection, _TIMELINES, settled):
+            timelines[row.command].append(rows.timeline_row(row))
+        return [
+            replace(result, timeline=tuple(timelines[result.step.command.id]))
+            if isinstance(result, Changed) and result.step.settled
+            else result
+            for result in results
+        ]
+
     def _refusal(self, command: Command) -> FabricError | None:
         held = self._held.get(command.id)
         if held is not None:
@@ -207,6 +224,7 @@ LOCK_COMMANDS: Final[sa.Select[Any]] = (
     .with_for_update(of=schema.commands)
 )
 _LOCK_COMMANDS = _one_and_many(LOCK_COMMANDS, schema.commands.c.id)
+_TIMELINES = _one_and_many(sa.select(schema.events).order_by(schema.events.c.id), schema.events.c.command)
 _COUNT = sa.update(schema.devices).where(schema.devices.c.id == sa.bindparam("of"))
 _TAKE_NUMBERS = (
     sa.update(schema.devices)

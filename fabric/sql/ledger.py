@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from fabric.batch import Batcher
-from fabric.command import WAITING, Command, Micros, State
+from fabric.command import WAITING, Command, Confirmed, Micros, State
 from fabric.errors import LedgerUnavailable
-from fabric.model import Accept, LogRow, Mailbox, QuarantineRow, Result, TimelineRow, Write
+from fabric.model import Accept, Change, LogRow, Mailbox, QuarantineRow, Result, TimelineRow, Write
 from fabric.sql import log as event_log
 from fabric.sql import rows, schema
 from fabric.sql.engine import Database
@@ -53,7 +53,7 @@ class SqlLedger:
 
     # ---- Writing ---------------------------------------------------------------------------------------
 
-    async def write(self, *writes: Write) -> list[Result]:
+    async def write(self, *writes: Write, patience: float = 0.0) -> list[Result]:
         """Apply all, in one transaction with others that wait, and commit; results in order.
 
         When one of several `Accept`s is refused, none of these writes is done.
@@ -64,7 +64,7 @@ class SqlLedger:
                 same command again is no conflict: the result is the command as it is now.
             LedgerUnavailable: the database is away; the writes may have been done.
         """
-        return await self._batcher.submit(writes) if writes else []
+        return await self._batcher.submit(writes, patience) if writes else []
 
     async def quarantine(self, mail: Sequence[QuarantineRow]) -> None:
         new = [
@@ -151,7 +151,10 @@ class SqlLedger:
         return await self._database.write(lambda connection: event_log.sequence(connection, owner, now, lease, limit))
 
     async def sequenced(self, owner: str, position: int) -> None:
-        await self._database.write(lambda connection: event_log.mark_published(connection, owner, position))
+        # Forgotten in a crash, it is published again: at least once is what is promised.
+        await self._database.write(
+            lambda connection: event_log.mark_published(connection, owner, position), durable=False
+        )
 
     async def events(self, after: int, limit: int) -> list[LogRow]:
         """The event log from the position after `after`, in order, without gaps."""
@@ -182,7 +185,9 @@ class SqlLedger:
         for fold in (self._fold_new, *(self._fold,) * READS):
             try:
                 results, _ = self._database.transact(
-                    partial(fold, groups), committed=lambda connection, done: are_stored(connection, done[1])
+                    partial(fold, groups),
+                    committed=lambda connection, done: are_stored(connection, done[1]),
+                    durable=any(_must_last(write) for group in groups for write in group),
                 )
             except Stale:
                 continue
@@ -211,16 +216,30 @@ class SqlLedger:
                 raise Stale
             results.append(result)
         try:
-            return results, fold.save()
+            written = fold.save()
         except IntegrityError as error:  # an `Accept` for the second time
             raise Stale from error
+        return _told(fold, results), written
 
     def _fold(self, groups: Sequence[_Group], connection: sa.Connection) -> _Folded:
         fold = Fold(connection, self._now, self._jitter)
         ids, new = _split(groups)
         fold.load((command.device for command in new), (*ids, *(command.id for command in new)))
         results: list[list[Result] | Exception] = [fold.apply(group) for group in groups]
-        return results, fold.save()
+        written = fold.save()
+        return _told(fold, results), written
+
+
+def _told(fold: Fold, results: list[list[Result] | Exception]) -> list[list[Result] | Exception]:
+    """`Fold.told` for the results of all groups at once."""
+    told = iter(fold.told([result for group in results if isinstance(group, list) for result in group]))
+    return [[next(told) for _ in group] if isinstance(group, list) else group for group in results]
+
+
+def _must_last(write: Write) -> bool:
+    """Must it survive a crash of the database's machine? A confirm need not: the attempt then counts as of
+    unknown fate, as after a crash just before, and is made again."""
+    return not (isinstance(write, Change) and isinstance(write.event, Confirmed))
 
 
 def _split(groups: Sequence[_Group]) -> tuple[list[CommandId], list[Command]]:

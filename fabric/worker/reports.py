@@ -13,6 +13,8 @@ from topology.names import CommandId, DeviceId
 
 log = logging.getLogger(__name__)
 
+RECEIPT_PATIENCE = 0.01  # seconds: most outcomes are that close behind, and both then cost one transaction
+
 _STATUS = {
     "succeeded": life.State.SUCCEEDED,
     "failed": life.State.FAILED,
@@ -26,29 +28,30 @@ class Recorder:
     def __init__(self, ledger: Ledger, publisher: Publisher) -> None:
         self._ledger, self._publisher = ledger, publisher
 
-    async def record(self, *changes: Change) -> list[Changed | Dropped]:
-        """Apply the changes, in order; announces every command that they settled."""
+    async def record(self, *changes: Change, patience: float = 0.0) -> list[Changed | Dropped]:
+        """Apply the changes, in order; announces every command that they settled. `patience` is the ledger's."""
         results = []
-        for change, result in zip(changes, await self._ledger.write(*changes), strict=True):
+        for change, result in zip(changes, await self._ledger.write(*changes, patience=patience), strict=True):
             if isinstance(result, Dropped):
                 log.warning(
                     "report.dropped command=%s device=%s reason=%s", change.command, change.device, result.reason
                 )
             elif isinstance(result, Changed):
-                await self._follow_up(result.step)
+                await self._follow_up(result)
             else:
                 continue
             results.append(result)
         return results
 
-    async def _follow_up(self, step: life.Step) -> None:
+    async def _follow_up(self, changed: Changed) -> None:
+        step = changed.step
         if step.verdict in (life.Verdict.CONFLICT, life.Verdict.VIOLATION, life.Verdict.ILLEGAL):
             log.warning(
                 "command.%s command=%s device=%s state=%s input=%r",
                 step.verdict.name.lower(), step.command.id, step.command.device, step.command.state, step.given.value,
             )  # fmt: skip
         if step.settled:
-            await announce(self._publisher, step.command)
+            await announce(self._publisher, step.command, changed.timeline)
 
 
 class Reports:
@@ -61,7 +64,8 @@ class Reports:
         try:
             change = await self._change(delivery)
             if change is not None:
-                await self._recorder.record(change)
+                patience = RECEIPT_PATIENCE if isinstance(change.event, life.Receipted) else 0.0
+                await self._recorder.record(change, patience=patience)
             await delivery.ack()
         finally:
             self._handled()

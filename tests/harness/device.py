@@ -10,6 +10,7 @@ import hmac
 import itertools
 import json
 import secrets
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -80,13 +81,16 @@ def new_key() -> ec.EllipticCurvePrivateKey:
 
 def public_jwk(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:
     numbers = key.public_key().public_numbers()
-    return {"kty": "EC", "crv": "P-256", "x": b64(numbers.x.to_bytes(32, "big")), "y": b64(numbers.y.to_bytes(32, "big"))}
+    return {
+        "kty": "EC",
+        "crv": "P-256",
+        "x": b64(numbers.x.to_bytes(32, "big")),
+        "y": b64(numbers.y.to_bytes(32, "big")),
+    }
 
 
 def public_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 # ---- Enrollment --------------------------------------------------------------------------------------
@@ -108,6 +112,12 @@ def own_source(stack: RunningStack) -> httpx.Client:
     number = next(_sources)
     transport = httpx.HTTPTransport(verify=stack.context, local_address=f"127.77.{number // 250}.{number % 250 + 1}")
     return httpx.Client(base_url=stack.stack.settings.api_url, transport=transport, timeout=TIMEOUT)
+
+
+def at_once(client: RawClient) -> RawClient:
+    """Without Nagle's delay, which costs 40 ms wherever two small writes follow each other."""
+    client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
 
 
 class Device:
@@ -145,7 +155,9 @@ class Device:
         life: int = 60,
     ) -> str:
         """A token of this device, for the broker unless told; `header` and `claims` replace, add and `DROP`."""
-        return forge(self.header(**(header or {})), self.claims(audience, life, **(claims or {})), sign or es256(self.key))
+        return forge(
+            self.header(**(header or {})), self.claims(audience, life, **(claims or {})), sign or es256(self.key)
+        )
 
     def header(self, **changed: object) -> Json:
         return _without({"alg": "ES256", "typ": enrollment.DEVICE_TOKEN_TYPE, "kid": self.kid} | changed)
@@ -172,7 +184,7 @@ class Device:
 
     def socket(self) -> RawClient:
         """Connected over TLS, not logged in."""
-        return RawClient(self.host, self.port, tls=self.tls(), timeout=TIMEOUT)
+        return at_once(RawClient(self.host, self.port, tls=self.tls(), timeout=TIMEOUT))
 
     def raw(self, token: str | None = None, *, confirms: bool = True) -> RawClient:
         """Logged in, with channel 1 open. Raises `rawamqp.ConnectionClosed`."""
@@ -190,7 +202,8 @@ class Device:
         try:
             self.raw(token).close()
         except ConnectionClosed as refused:
-            assert refused.code == 403, refused
+            if refused.code != 403:
+                raise
             return False
         return True
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.harness.device import Device
+from tests.harness.device import Device, at_once
 from tests.harness.rawamqp import Got, RawClient
 from tests.harness.stack import RunningStack, eventually
 from topology import access, names
@@ -25,7 +25,7 @@ class Witness:
         """`keys` are those that are watched on direct exchanges, `mail` above all."""
         broker = stack.stack.broker
         assert broker is not None
-        self.client = RawClient(LOOPBACK, broker.amqp_port)
+        self.client = at_once(RawClient(LOOPBACK, broker.amqp_port))
         self.client.login(access.WORKER, broker.password(access.WORKER))
         self.client.open_channel(confirms=True)
         self._api = httpx.Client(
@@ -108,4 +108,3 @@ def waiting(stack: RunningStack, victim: Device) -> str:
     assert command["state"] in ("accepted", "queued")
     eventually(lambda: stack.command(command["id"])["state"] == "queued", "queued")
     return str(command["id"])
-

@@ -229,7 +229,9 @@ def test_there_are_two_resources(
     granted = {
         name
         for name in everything
-        if endpoint.ask("resource", allowed(attacker, "resource") | {"resource": kind, "name": name, "permission": permission})
+        if endpoint.ask(
+            "resource", allowed(attacker, "resource") | {"resource": kind, "name": name, "permission": permission}
+        )
         == b"allow"
     }
     rights = {("queue", "read"): {attacker.mailbox, names.DIRECT_REPLY_TO}, ("exchange", "write"): {names.UPLINK}}
@@ -259,7 +261,8 @@ def test_half_a_question_is_denied_in_time(endpoint: Endpoint, attacker: Device)
     with socket.create_connection(endpoint.address, 10) as client:
         began = time.monotonic()
         client.sendall(
-            b"POST /broker/auth/user HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nusername=" + attacker.id.encode()
+            b"POST /broker/auth/user HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nusername="
+            + attacker.id.encode()
         )
         answer = b""
         while not answer.endswith(b"\r\n\r\ndeny"):

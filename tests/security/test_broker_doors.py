@@ -159,9 +159,7 @@ def test_names_outside_the_grammar_are_refused(attacker: Device, victim: Device)
         "64 characters": "a" * 64,
         "another's": victim.id,
     }
-    found = refusals(
-        attacker, {what: lambda it, name=name: it.login(name, token) for what, name in names.items()}
-    )
+    found = refusals(attacker, {what: lambda it, name=name: it.login(name, token) for what, name in names.items()})
     assert set(found.values()) == {403}, found
     # A NUL ends the name in PLAIN: what follows is refused, and never the start of a password.
     found = refusals(
@@ -228,7 +226,7 @@ def _with_version(version: ssl.TLSVersion) -> ssl.SSLContext:
 def test_old_tls_is_refused_by_the_broker(attacker: Device, version: ssl.TLSVersion) -> None:
     with (
         socket.create_connection((attacker.host, attacker.port), 10) as plain_socket,
-        pytest.raises(ssl.SSLError, match="(?i)alert protocol version"),
+        pytest.raises(ssl.SSLError, match=r"(?i)alert protocol version"),
     ):
         _with_version(version).wrap_socket(plain_socket)
 
@@ -250,7 +248,15 @@ def test_plain_tcp_at_the_tls_port_gets_no_word_of_amqp(attacker: Device, header
 def test_a_client_can_not_renegotiate(attacker: Device) -> None:
     """A line with `R` makes `openssl s_client` ask for it."""
     done = subprocess.run(
-        ["openssl", "s_client", "-tls1_2", "-connect", f"{attacker.host}:{attacker.port}", "-servername", attacker.host],
+        [
+            "openssl",
+            "s_client",
+            "-tls1_2",
+            "-connect",
+            f"{attacker.host}:{attacker.port}",
+            "-servername",
+            attacker.host,
+        ],
         input=b"R\n",
         capture_output=True,
         timeout=60,
@@ -305,7 +311,7 @@ def test_all_but_the_devices_listener_are_on_loopback(stack: RunningStack) -> No
     home = stack.stack.files.state_dir / "broker"
     ports: dict[str, int] = json.loads((home / "ports.json").read_text())
     assert set(ports) == {"amqps", "amqp", "management", "prometheus", "distribution", "epmd"}
-    heard = _listening({pid for pid in marked("RESTANTE_BROKER", str(home))} | {broker.pid})
+    heard = _listening(set(marked("RESTANTE_BROKER", str(home))) | {broker.pid})
     assert {port for _, port in heard} == set(ports.values()), "a listener that is not meant, or one that is missing"
     for address, port in heard:
         assert address in (LOOPBACK, "::1"), f"port {port} is open on {address}"

@@ -109,7 +109,9 @@ def _refusals() -> dict[str, tuple[int, Act]]:
     refused("queue: declare", lambda it, me, you: it.declare(f"mine-{me.id}"))
     refused("queue: declare exclusive, unnamed", lambda it, me, you: it.declare("", durable=False, exclusive=True))
     refused("queue: declare, like a reply address", lambda it, me, you: it.declare("amq.rabbitmq.reply-to.x"), CRASHED)
-    refused("another's reply address: consume", lambda it, me, you: it.consume("amq.rabbitmq.reply-to.g1h2", no_ack=True))
+    refused(
+        "another's reply address: consume", lambda it, me, you: it.consume("amq.rabbitmq.reply-to.g1h2", no_ack=True)
+    )
     refused("exchange: declare", lambda it, me, you: it.declare_exchange(f"mine-{me.id}"))
     refused("exchange: delete", lambda it, me, you: it.delete_exchange(names.MAIL))
     refused("exchange: bind", lambda it, me, you: exchange_bind(it, names.MAIL, names.UPLINK))
@@ -150,7 +152,9 @@ def _refusals() -> dict[str, tuple[int, Act]]:
         refused(f"user_id: {what}", as_another, FALSE_USER_ID)
     refused(
         "user_id: its own, in capitals",
-        lambda it, me, you: published(it, names.UPLINK, uplink("outcome", me), properties(user_id=short(me.id.upper()))),
+        lambda it, me, you: published(
+            it, names.UPLINK, uplink("outcome", me), properties(user_id=short(me.id.upper()))
+        ),
         FALSE_USER_ID,
     )
     return acts
@@ -203,7 +207,9 @@ def test_refused(line: "Line", attacker: Device, victim: Device, traces: "Traces
 
 def test_no_exchange_but_uplink_is_written(line: "Line", attacker: Device, victim: Device, traces: "Traces") -> None:
     exchanges = traces.witness.all_exchanges()
-    assert {"", names.MAIL, names.NOTICES, names.RETURNED, names.WAKE, "amq.topic", "amq.rabbitmq.event"} < set(exchanges)
+    assert {"", names.MAIL, names.NOTICES, names.RETURNED, names.WAKE, "amq.topic", "amq.rabbitmq.event"} < set(
+        exchanges
+    )
     exchanges.remove(names.UPLINK)
     for exchange in (*exchanges, "amq.default", "nowhere"):
         for key in (victim.mailbox, victim.id, "all", names.REPORTS):
@@ -233,11 +239,11 @@ UPLINK_ADDRESS = f"/exchanges/{names.UPLINK}"
 def _refusals_1_0() -> dict[str, Act10]:
     acts: dict[str, Act10] = {
         "victim's mailbox: receive": lambda it, me, you: it.receiver(f"/queues/{you.mailbox}"),
-        "victim's mailbox: browse": lambda it, me, you: it.receiver(
-            f"/queues/{you.mailbox}", options=_Copy()
-        ),
+        "victim's mailbox: browse": lambda it, me, you: it.receiver(f"/queues/{you.mailbox}", options=_Copy()),
         "victim's mailbox: send": lambda it, me, you: it.sender(f"/queues/{you.mailbox}"),
-        "victim's mailbox: send by null target": lambda it, me, you: it.send(None, b"x", address=f"/queues/{you.mailbox}"),
+        "victim's mailbox: send by null target": lambda it, me, you: it.send(
+            None, b"x", address=f"/queues/{you.mailbox}"
+        ),
         "own mailbox: send": lambda it, me, you: it.sender(f"/queues/{me.mailbox}"),
         "reply address: send": lambda it, me, you: it.send(None, b"x", address="/queues/amq.rabbitmq.reply-to.g1h2"),
         "exchange without key": lambda it, me, you: it.send(UPLINK_ADDRESS, b"x"),
@@ -255,11 +261,15 @@ def _refusals_1_0() -> dict[str, Act10]:
             f"{UPLINK_ADDRESS}/outcome.{me.id}", b"x", user_id=access.WORKER.encode()
         ),
         "manage: look at the victim's mailbox": lambda it, me, you: it.manage("GET", f"/queues/{you.mailbox}"),
-        "manage: purge the victim's mailbox": lambda it, me, you: it.manage("DELETE", f"/queues/{you.mailbox}/messages"),
+        "manage: purge the victim's mailbox": lambda it, me, you: it.manage(
+            "DELETE", f"/queues/{you.mailbox}/messages"
+        ),
         "manage: delete the victim's mailbox": lambda it, me, you: it.manage("DELETE", f"/queues/{you.mailbox}"),
         "manage: delete the own mailbox": lambda it, me, you: it.manage("DELETE", f"/queues/{me.mailbox}"),
         "manage: declare a queue": lambda it, me, you: it.manage("PUT", f"/queues/mine-{me.id}", {"durable": True}),
-        "manage: declare an exchange": lambda it, me, you: it.manage("PUT", f"/exchanges/mine-{me.id}", {"durable": True}),
+        "manage: declare an exchange": lambda it, me, you: it.manage(
+            "PUT", f"/exchanges/mine-{me.id}", {"durable": True}
+        ),
         "manage: delete an exchange": lambda it, me, you: it.manage("DELETE", f"/exchanges/{names.MAIL}"),
         "manage: bind the own mailbox": lambda it, me, you: it.manage(
             "POST",

@@ -104,7 +104,10 @@ def test_any_events_in_any_batches_end_as_the_pure_fold(
             ):
                 before, entries = folded[number]
                 expected = step(before, event, bench.clock[0], jitter=0.5)
-                assert result == [Changed(expected)]
+                (changed,) = result
+                assert isinstance(changed, Changed)
+                assert changed.step == expected
+                assert bool(changed.timeline) == expected.settled
                 folded[number] = expected.command, entries + ([expected.entry] if expected.entry else [])
         for command, entries in folded:
             found = await bench.ledger.command(command.id)
