@@ -1,6 +1,7 @@
 """`restante gateway`: the HTTP API on its public listener, the broker's auth endpoint on an internal one."""
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Coroutine, Mapping
@@ -65,6 +66,7 @@ class Background:
 def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
     logs.configure(settings.log_level)
+    gc.freeze()  # what is imported stays: collections need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings))
     return 0

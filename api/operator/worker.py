@@ -1,6 +1,7 @@
 """`restante worker`: consumes what devices say, runs the clocks, and publishes the event log."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -35,6 +36,7 @@ _PREFETCH = 200
 def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
     logs.configure(settings.log_level)
+    gc.freeze()  # what is imported stays: collections need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings))
     return 0
