@@ -2,7 +2,8 @@
 # broker, a RabbitMQ found on this machine or prepared in a cache (see api/operator/userland.py).
 SHELL := /bin/bash
 PY := .venv/bin/python
-STAMP := .venv/.installed
+SERVER := .venv/.server
+DEV := .venv/.dev
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up test check format bench
@@ -10,28 +11,32 @@ STAMP := .venv/.installed
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-$(STAMP): requirements/dev.lock pyproject.toml deploy/bootstrap.sh
-	@deploy/bootstrap.sh
+$(SERVER): requirements/server.lock pyproject.toml deploy/bootstrap.sh
+	@deploy/bootstrap.sh server
 	@touch $@
 
-demo: $(STAMP)  ## set everything up, run the main job, say what happened, clean up
+$(DEV): requirements/dev.lock pyproject.toml deploy/bootstrap.sh
+	@deploy/bootstrap.sh dev
+	@touch $@ $(SERVER)
+
+demo: $(SERVER)  ## set everything up, run the main job, say what happened, clean up
 	@$(PY) -m examples.demo
 
-up: $(STAMP)  ## the full stack in the foreground; state in .local/
+up: $(SERVER)  ## the full stack in the foreground; state in .local/
 	@.venv/bin/restante up
 
-test: $(STAMP)  ## all tests, on a private broker and private databases
+test: $(DEV)  ## all tests, on a private broker and private databases
 	@$(PY) -m pytest
 
-check: $(STAMP)  ## formatting, lint, types, import contracts
+check: $(DEV)  ## formatting, lint, types, import contracts
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 
-format: $(STAMP)  ## format and mend what can be mended
+format: $(DEV)  ## format and mend what can be mended
 	@.venv/bin/ruff format .
 	@.venv/bin/ruff check --fix .
 
-bench: $(STAMP)  ## benchmarks; QUICK=1 for a short run
+bench: $(SERVER)  ## benchmarks; QUICK=1 for a short run
 	@$(PY) -m bench $(if $(QUICK),--quick)

@@ -334,6 +334,7 @@ class EnrolledDocument(Shown):
     audience: AudienceDocument
     authority: str
     signing_keys: JwksDocument
+    generation: int
 
 
 class TimeDocument(Shown):

@@ -1,24 +1,35 @@
 #!/usr/bin/env bash
-# Makes .venv with exactly the locked packages. On Debian, as root, installs python3-venv if it is missing.
+# Makes .venv with exactly the locked packages: `server` what the stack and the agent need, `dev` also what the tests
+# and checks need. On Debian, as root, installs the system packages for that which are missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+lock=requirements/${1:?usage: deploy/bootstrap.sh server|dev}.lock
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
+
+install() {  # why PACKAGE…
+  local why=$1; shift
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || { say "$why: apt-get install $*"; exit 1; }
+  say "$why: installing $*"
+  apt-get update -qq >/dev/null
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
 
 python=$(command -v python3.11 || command -v python3 || true)
 [ -n "$python" ] || { say "Python 3.11 or newer is needed: apt-get install python3"; exit 1; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   say "Python 3.11 or newer is needed; $python is $("$python" -V 2>&1)"; exit 1; }
+"$python" -c 'import ensurepip' 2>/dev/null || install "the module ensurepip is missing" python3-venv
 
-if ! "$python" -c 'import ensurepip' 2>/dev/null; then
-  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || {
-    say "the module ensurepip is missing: apt-get install python3-venv"; exit 1; }
-  say "installing python3-venv"
-  apt-get update -qq >/dev/null
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null
+if [ "$lock" = requirements/dev.lock ]; then
+  # The AMQP 1.0 client of the security tests comes as source.
+  header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+  { command -v cc && command -v pkg-config && pkg-config --exists openssl && [ -e "$header" ]; } >/dev/null ||
+    install "a C compiler and headers are needed to build a test package" \
+      gcc libc6-dev libssl-dev pkg-config "$(basename "$(readlink -f "$python")")-dev"
 fi
 
 [ -x .venv/bin/python ] || { say "making .venv"; "$python" -m venv .venv; }
-say "installing locked packages (about a minute the first time)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock
+say "installing the packages of $lock (up to a minute the first time)"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -78,6 +78,10 @@ class BrokerAdmin(Protocol):
         """Close every connection of a user; returns how many there were. Takes milliseconds."""
         ...
 
+    async def connected_users(self) -> frozenset[str]:
+        """The users that have a connection now, or had one a few seconds ago."""
+        ...
+
     async def put_policy(self, policy: Policy) -> None: ...
 
 

@@ -22,7 +22,11 @@ from api.operator.sockets import answers_http, free_port, is_free, reachable, sp
 from api.operator.userland import MINIMUM, Binaries
 from topology.access import ACCOUNTS, ADMIN
 
-CONFIGURATION = Path(__file__).resolve().parents[2] / "deploy" / "rabbitmq"
+_HERE = Path(__file__).resolve()
+# In a checkout the broker's configuration is in deploy/, which compose uses, too; in a wheel it is beside this file.
+CONFIGURATION = next(
+    place for place in (_HERE.parent / "rabbitmq", _HERE.parents[2] / "deploy" / "rabbitmq") if place.is_dir()
+)
 _MARK = "RESTANTE_BROKER"  # environment variable by which the node's processes are found again: its directory
 _START_TIMEOUT = 60.0  # seconds; a start takes 4 on a small machine
 _STOP_TIMEOUT = 30.0  # seconds until a node that was asked to stop is killed

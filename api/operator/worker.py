@@ -21,7 +21,7 @@ from fabric.management import ManagementClient
 from fabric.sql import open_store
 from fabric.uplink import Inbox
 from fabric.worker.claims import Claims
-from fabric.worker.clocks import Closures, Deadlines, Reconciler, Sequencer, keep_running
+from fabric.worker.clocks import Closures, Deadlines, Presence, Reconciler, Sequencer, keep_running
 from fabric.worker.gate import LOOK_EVERY, Gate
 from fabric.worker.reports import DeadLetters, Recorder, Reports
 from topology import access, layout, names
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _TICK = 0.05  # seconds between looks at the deadlines
 _POLL = 0.1  # seconds between looks at what else waits in the ledger
+_PRESENCE = 5.0  # seconds: the broker's statistics are no fresher
 _PREFETCH = 200
 
 
@@ -80,6 +81,7 @@ async def _serve(settings: Settings) -> None:
         "republisher": (_POLL, republisher.run_once),
         "sequencer": (_POLL, Sequencer(owner, ledger, publisher).run_once),
         "closures": (_POLL, Closures(registry, admin).run_once),
+        "presence": (_PRESENCE, Presence(registry, admin, clock).run_once),
     }
     try:
         await broker.start()

@@ -77,6 +77,7 @@ async def enroll(request: Request, _: Annotated[None, Depends(_OPEN)]) -> Respon
         "audience": {"mq": peering.audiences.mq, "api": peering.audiences.api},
         "authority": peering.authority_pem,
         "signing_keys": peering.signing_keys,
+        "generation": enrolled.device.generation,
     }
     return answers.answer(document, 200, _NO_STORE)
 

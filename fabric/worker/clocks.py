@@ -109,6 +109,25 @@ class Closures:
             log.info("connections.closed device=%s count=%d", device, closed)
 
 
+class Presence:
+    """Keeps what the registry says of devices' connections in line with the broker's statistics.
+
+    They are some seconds old, and so is what `GET /v1/devices/{id}` says of a connection.
+    """
+
+    def __init__(self, registry: Registry, admin: BrokerAdmin, clock: Clock) -> None:
+        self._registry, self._admin, self._clock = registry, admin, clock
+
+    async def run_once(self) -> None:
+        users = await self._admin.connected_users()
+        after: DeviceId | None = None
+        while page := await self._registry.devices(after, BATCH):
+            for device in page:
+                if device.connected != (device.id in users):
+                    await self._registry.connection(device.id, not device.connected, self._clock.now())
+            after = page[-1].id
+
+
 class Reconciler:
     """Compares each mailbox with the ledger after a broker came back, and republishes a shortfall.
 

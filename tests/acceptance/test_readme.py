@@ -28,7 +28,8 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target)
     (copy / ".venv").symlink_to(sys.prefix)
-    (copy / ".venv" / ".installed").touch()
+    for stamp in (".server", ".dev"):
+        (copy / ".venv" / stamp).touch()
     yield copy
     left = [found for found in psutil.process_iter(["cmdline"]) if str(copy) in " ".join(found.info["cmdline"] or ())]
     assert left == [], "nothing is left running"

@@ -207,6 +207,18 @@ def test_a_binary_body_passes_unchanged(stack: RunningStack, agent: AgentProcess
     assert command["args"] == {"base64": base64.b64encode(raw).decode(), "content_type": "application/octet-stream"}
 
 
+def test_the_connection_is_shown_as_it_is(stack: RunningStack, home: Path) -> None:
+    def connection(id: str) -> str:
+        return str(stack.ok(stack.http.get(f"/v1/devices/{id}"))["connection"]["state"])
+
+    with stack.agent(home) as agent:
+        assert connection(agent.id) == "disconnected"
+        agent.start()
+        eventually(lambda: connection(agent.id) == "connected", "the device to be shown as connected", within=40)
+        agent.stop()
+        eventually(lambda: connection(agent.id) == "disconnected", "the device to be shown as gone", within=40)
+
+
 def test_a_suspended_devices_connection_is_closed_and_refused(stack: RunningStack, home: Path) -> None:
     with stack.agent(home) as agent:
         agent.start()
