@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 
 from api.operator.client import Connection
+from api.operator.errors import KNOWN_ERRORS
 from api.operator.stack import Stack
 from api.settings import Settings
 
@@ -41,7 +42,7 @@ def main() -> int:
         with ExitStack() as cleanup:
             cleanup.callback(shutil.rmtree, root, ignore_errors=True)
             _run(root, cleanup)
-    except StepFailed as error:
+    except (StepFailed, *KNOWN_ERRORS) as error:
         _say(f"FAILED: {error}")
         return 1
     except KeyboardInterrupt:

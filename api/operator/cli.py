@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from api.operator.errors import KNOWN_ERRORS
 from api.settings import BadSettings, Settings, load
-from fabric.errors import FabricError
 from topology import access, layout
 
 _EXIT_FAILED = 1
@@ -34,20 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except _known_errors() as error:
+    except KNOWN_ERRORS as error:
         print(f"restante: {error}", file=sys.stderr)
         return _EXIT_FAILED
-
-
-def _known_errors() -> tuple[type[Exception], ...]:
-    """Errors whose text is meant for a person. Imported late: `topology show` needs none of these parts."""
-    from api.operator.authority import AuthorityError
-    from api.operator.client import CallFailed
-    from api.operator.node import NodeError
-    from api.operator.processes import MissingToolError
-    from api.operator.userland import UserlandError
-
-    return (FabricError, AuthorityError, CallFailed, NodeError, MissingToolError, UserlandError)
 
 
 def _parser() -> argparse.ArgumentParser:
