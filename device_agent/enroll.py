@@ -147,13 +147,11 @@ def _same_authority(answer: dict[str, Any], pinned: str) -> None:
 
 
 def _same_device(state_dir: Path, peering: identity.Peering) -> None:
-    try:
-        present = identity.load(state_dir)
-    except errors.NotEnrolled:
-        return
-    if present.device != peering.device:
+    # Only the name matters: a file that an earlier version wrote must not keep the device from enrolling again.
+    present = identity.enrolled_device(state_dir)
+    if present not in (None, peering.device):
         raise errors.StateRefused(
-            f"{state_dir} already holds device {present.device}, and the ticket is for {peering.device};"
+            f"{state_dir} already holds device {log.escape(present)}, and the ticket is for {peering.device};"
             " use a state directory of its own for each device"
         )
 

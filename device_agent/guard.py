@@ -5,7 +5,8 @@ refused becomes a message without properties of type `topology.guard.UNDECODABLE
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pika
 from pika import frame, spec
@@ -28,7 +29,26 @@ class GuardedConnection(AsyncioConnection):  # type: ignore[misc]  # pika's clas
     def _read_frame(self) -> tuple[int, object]:
         return decode(self._frame_buffer, frame.decode_frame)
 
+    _gathered: list[bytes] | None = None  # frames that wait for the end of `together`
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent within leaves in one write, in its order: one TLS record, one system call."""
+        if self._gathered is not None:
+            yield
+            return
+        self._gathered = []
+        try:
+            yield
+        finally:
+            gathered, self._gathered = self._gathered, None
+            if gathered:
+                self._output_marshaled_frames(gathered)
+
     def _output_marshaled_frames(self, marshaled_frames: list[bytes]) -> None:
+        if self._gathered is not None:
+            self._gathered += marshaled_frames
+            return
         # One write for method, header and body: one TLS record instead of three.
         super()._output_marshaled_frames([b"".join(marshaled_frames)])
 

@@ -23,14 +23,19 @@ from topology import enrollment, names, wire
 KEY_FILE = "device.key"
 PEERING_FILE = "peering.json"
 AUTHORITY_FILE = "authority.pem"
+_KEPT = ("device_id", "generation", "amqps_url", "api_url", "audience", "signing_keys")
 _ES256 = ECAlgorithm(ECAlgorithm.SHA256)
 
 
 @dataclass(frozen=True, slots=True)
 class Peering:
-    """The service this device belongs to; `signing_keys` maps kid to the public keys that sign commands."""
+    """The service this device belongs to; `signing_keys` maps kid to the public keys that sign commands.
+
+    `generation` is the device's: the commands of an earlier one were meant for whoever held the name before.
+    """
 
     device: names.DeviceId
+    generation: int
     amqps_host: str
     amqps_port: int
     vhost: str
@@ -65,9 +70,9 @@ class Identity:
         return self._token(self.peering.api_audience, now_ms, enrollment.HTTP_TOKEN_LIFE)
 
     def verify(self, command: wire.Command) -> bool:
-        """Was this command signed by the service, for this device, exactly as it is?"""
+        """Was this command signed by the service, for this generation of this device, exactly as it is?"""
         key = self.peering.signing_keys.get(command.sig_kid)
-        if key is None:
+        if key is None or command.generation != self.peering.generation:
             return False
         try:
             signature = base64.urlsafe_b64decode(command.sig + "=" * (-len(command.sig) % 4))
@@ -105,10 +110,30 @@ def load(state_dir: Path) -> Identity:
             f"{state_dir} holds no enrolled device; run `restante-agent enroll` with a ticket first"
         ) from error
     try:
-        peering = parse_peering(json.loads(raw))
+        kept = json.loads(raw)
+        if isinstance(kept, dict) and "generation" not in kept:
+            raise errors.StateRefused(
+                f"{state_dir / PEERING_FILE} does not say the device's generation: an earlier version of the agent made"
+                " it. Run `restante-agent enroll` with a new ticket; the key and the journal are kept"
+            )
+        peering = parse_peering(kept)
     except (ValueError, errors.BadAnswer) as error:
         raise errors.StateRefused(f"{state_dir / PEERING_FILE} is damaged ({error}); enroll again") from error
     return Identity(key, peering, authority)
+
+
+def enrolled_device(state_dir: Path) -> str | None:
+    """The device this directory belongs to, if that can be read; less is asked of the files than by `load`.
+
+    Raises:
+        errors.StateRefused: the file is open to others.
+    """
+    try:
+        kept = json.loads(files.read_private(state_dir / PEERING_FILE))
+    except (FileNotFoundError, ValueError):
+        return None
+    device = kept.get("device_id") if isinstance(kept, dict) else None
+    return device if isinstance(device, str) else None
 
 
 def load_key(state_dir: Path) -> DeviceKey:
@@ -146,7 +171,7 @@ def make_key(state_dir: Path) -> DeviceKey:
 def store_peering(state_dir: Path, answer: dict[str, Any], authority_pem: str) -> None:
     """Keep what enrollment answered. The authority comes first: a peering never lacks its pin."""
     files.write_private(state_dir / AUTHORITY_FILE, authority_pem.encode("ascii"))
-    kept = {name: answer[name] for name in ("device_id", "amqps_url", "api_url", "audience", "signing_keys")}
+    kept = {name: answer[name] for name in _KEPT}
     files.write_private(state_dir / PEERING_FILE, json.dumps(kept, indent=1).encode())
 
 
@@ -165,8 +190,12 @@ def parse_peering(answer: object) -> Peering:
     if not isinstance(audience, dict):
         raise errors.BadAnswer("'audience' is not an object")
     host, port, vhost = _amqps(_text(answer, "amqps_url"))
+    generation = answer.get("generation")
+    if not isinstance(generation, int) or isinstance(generation, bool) or generation < 1:
+        raise errors.BadAnswer("'generation' is missing or no positive number")
     return Peering(
         device=names.DeviceId(device),
+        generation=generation,
         amqps_host=host,
         amqps_port=port,
         vhost=vhost,

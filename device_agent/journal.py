@@ -114,7 +114,7 @@ class Journal:
     def start(self, command: wire.Command, now: int, *, keep_request: bool) -> None:
         """Record the pick-up. When this returns the command will never be started again from its mail."""
         request = _pack(command) if keep_request else None
-        with self._transaction():
+        with self._transaction(marks=False):  # the ack and the receipt wait for it; the outcome's write takes them
             self._insert(command, State.STARTED, now, request)
 
     def refuse(self, command: wire.Command, now: int) -> None:
@@ -141,7 +141,7 @@ class Journal:
             self._db.executemany("UPDATE entry SET state = 'doubt' WHERE command = ?", [(one,) for one in commands])
 
     def reported(self, command: names.CommandId) -> None:
-        """Remember, with the next write, that the outcome was confirmed."""
+        """Remember, with a later write, that the outcome was confirmed."""
         self._reported.append(command)
 
     def flush(self) -> None:
@@ -248,17 +248,18 @@ class Journal:
         )
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """One commit, in which the lazy marks travel along."""
+    def _transaction(self, *, marks: bool = True) -> Iterator[None]:
+        """One commit, in which the lazy marks travel along, if they may."""
         with self._translated():
-            marks = list(self._reported)
+            kept = self._reported
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._write_reported()
+                if marks:
+                    self._write_reported()
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                self._reported = marks
+                self._reported = kept
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,7 +85,9 @@ class Link:
 
     @property
     def up(self) -> bool:
-        return self._up_since is not None
+        """Can the uplink be written? No longer from the moment the connection is given up."""
+        uplink = self._uplink
+        return self._up_since is not None and uplink is not None and bool(uplink.is_open)
 
     @property
     def room(self) -> int:
@@ -138,6 +141,16 @@ class Link:
     def ack(self, mail: Mail) -> None:
         if mail.epoch == self._epoch and self._mailbox is not None and self._mailbox.is_open:
             self._mailbox.basic_ack(mail.tag)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent within leaves in one write, in its order."""
+        connection = self._connection
+        if connection is None:
+            yield
+            return
+        with connection.together():
+            yield
 
     def reset(self, reason: str) -> None:
         """Give the connection up and come back with back-off: nothing unacked is lost by it."""

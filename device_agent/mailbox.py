@@ -7,6 +7,7 @@ is on its way (the grant is the pick-up, so no more is claimed than can start).
 import asyncio
 import secrets
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_agent import errors, handlers, log, pickup
@@ -49,6 +50,7 @@ class Mailbox:
         self,
         *,
         identity: Identity,
+        renew: Callable[[], Identity],
         link: Link,
         journal: Journal,
         clock: FabricClock,
@@ -57,7 +59,9 @@ class Mailbox:
         sources: list[handlers.Source],
         slots: int,
     ) -> None:
+        """`renew` reads the identity again, which may have changed since; it raises `errors.AgentError`."""
         self._identity = identity
+        self._renew = renew
         self._link = link
         self._journal = journal
         self._clock = clock
@@ -69,6 +73,7 @@ class Mailbox:
         self._claiming: dict[names.CommandId, _Waiting] = {}
         self._claims: dict[str, tuple[names.CommandId, ...]] = {}
         self._in_hand: dict[names.CommandId, _InHand] = {}
+        self._denied = pickup.Denied()
         self._rerun: deque[Interrupted] = deque()
         self._recovered = False
         self._paused = False
@@ -120,7 +125,7 @@ class Mailbox:
             except wire.Malformed as error:
                 self._junk(mail, error)
                 return
-            if not self._identity.verify(command):
+            if not self._verified(command):
                 self._unsigned(mail, command)
                 return
             self._waiting.append(_Waiting(mail, command))
@@ -128,6 +133,23 @@ class Mailbox:
         else:
             log.info("mail.other", type=message.type, id=message.message_id, subject=message.headers.get("subject"))
             self._link.ack(mail)
+
+    def _verified(self, command: wire.Command) -> bool:
+        if self._identity.verify(command):
+            return True
+        if command.generation <= self._identity.peering.generation:
+            return False
+        # It may be that this device was revoked and enrolled again, with the key it has, while this agent ran.
+        try:
+            renewed = self._renew()
+        except errors.AgentError as error:
+            log.warning("identity.unreadable", because=str(error))
+            return False
+        if renewed.device != self._identity.device or not renewed.verify(command):
+            return False
+        log.info("identity.renewed", generation=renewed.peering.generation)
+        self._identity = renewed
+        return True
 
     def claim_answered(self, message: wire.Message) -> None:
         """Raises `wire.Malformed`."""
@@ -179,13 +201,19 @@ class Mailbox:
         job, problem = self._bind(command) if entry is None else (None, None)
         now = self._now()
         decision = pickup.decide(
-            command, redelivered=mail.redelivered, entry=entry, problem=problem, granted=granted, now=now
+            command,
+            redelivered=mail.redelivered,
+            entry=entry,
+            problem=problem,
+            denied=self._denied.said(command.id),
+            doubtful=self._denied.forgot(now),
+            granted=granted,
+            now=now,
         )
         match decision:
             case pickup.Run() if job is not None:
                 self._journal.start(command, now, keep_request=job.idempotent)
-                self._link.ack(mail)
-                self._start(command, job)
+                self._start(command, job, mail)
             case pickup.Claim():
                 self._claiming[command.id] = waiting
                 return True
@@ -199,9 +227,13 @@ class Mailbox:
                     self._reporter.outcome(outcome)
         return False
 
-    def _start(self, command: wire.Command, job: Job) -> None:
+    def _start(self, command: wire.Command, job: Job, mail: Mail | None) -> None:
+        """Ack, receipt, handler, for what is in the journal; there is no mail of a command that runs again."""
         self._in_hand[command.id] = _InHand(command, self._clock.boot() + command.response_timeout)
-        self._receipt(command.id, None)
+        with self._link.together():
+            if mail is not None:
+                self._link.ack(mail)
+            self._receipt(command.id, None)
         log.info("command.started", command=command.id, name=command.name, issuer=command.issuer)
         context = Context(
             self._identity.device, command, lambda text: self._link.call(self._progress, command.id, str(text))
@@ -271,10 +303,24 @@ class Mailbox:
     def _answer_unverified(self, mail: Mail, command: names.CommandId | None, reason: str) -> None:
         """Not journaled: whoever can put mail here must not be able to fill the journal."""
         with _Faults(self):
-            # A forged copy of a command that did start must not make this agent say that it did not.
-            if command is not None and command not in self._claiming and self._journal.find(command) is None:
-                self._reporter.passing(self._outcome(command, "rejected", handlers.cap(reason)))
+            if command is not None:
+                decision = pickup.unverified(
+                    handlers.cap(reason),
+                    held=self._holds(command),
+                    entry=self._journal.find(command),
+                    denied=self._denied.said(command),
+                )
+                if isinstance(decision, pickup.Answer):
+                    self._denied.add(command, decision.reason, self._now())
+                    self._reporter.passing(self._outcome(command, "rejected", decision.reason))
             self._link.ack(mail)
+
+    def _holds(self, command: names.CommandId) -> bool:
+        return (
+            command in self._in_hand
+            or command in self._claiming
+            or any(command == waiting.command.id for waiting in self._waiting)
+        )
 
     def _claim(self, commands: tuple[names.CommandId, ...]) -> None:
         correlation = secrets.token_hex(8)
@@ -327,7 +373,7 @@ class Mailbox:
             return
         self._journal.rerun(entry.command)
         log.warning("command.again", command=entry.command, name=entry.name, rerun=entry.reruns + 1)
-        self._start(entry.request, job)
+        self._start(entry.request, job, None)
 
     def _fail_interrupted(self, entry: Interrupted, reason: str) -> None:
         outcome = self._outcome(entry.command, "failed", handlers.cap(reason))

@@ -10,6 +10,8 @@ from topology import names, wire
 
 STALE_AFTER = 2_000  # ms: fresh mail is not claimed, so that live traffic pays nothing
 MAX_RERUNS = 3  # of an idempotent handler after crashes
+MAX_DENIED = 1_000  # answers about unverified mail that are remembered
+DOUBT_FOR = 60_000  # ms in which all mail is claimed after such an answer had to be forgotten
 
 EXPIRED = "expired"
 MALFORMED = "malformed"
@@ -65,11 +67,48 @@ class Doubt:
     """Say nothing about an interrupted command: nobody knows what it did."""
 
 
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """Ack unverified mail and say nothing under its id."""
+
+
 Decision = Run | Claim | Answer | Duplicate
 
 
+class Denied:
+    """What was said under the ids of mail that is no true command; the true one must not make a lie of it.
+
+    Bounded, since whoever can put mail here could fill it. Times are those of the fabric, in ms.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[names.CommandId, str] = {}
+        self._doubt_until = 0
+
+    def add(self, command: names.CommandId, reason: str, now: int) -> None:
+        if len(self._said) >= MAX_DENIED:
+            del self._said[next(iter(self._said))]  # the oldest
+            self._doubt_until = now + DOUBT_FOR
+        self._said[command] = reason
+
+    def said(self, command: names.CommandId) -> str | None:
+        return self._said.get(command)
+
+    def forgot(self, now: int) -> bool:
+        """May fresh mail have been denied without our knowing it? Then the fabric is asked, which has been told."""
+        return now < self._doubt_until
+
+
 def decide(
-    command: wire.Command, *, redelivered: bool, entry: Entry | None, problem: str | None, granted: bool, now: int
+    command: wire.Command,
+    *,
+    redelivered: bool,
+    entry: Entry | None,
+    problem: str | None,
+    denied: str | None,
+    doubtful: bool,
+    granted: bool,
+    now: int,
 ) -> Decision:
     """What to do with verified mail when a slot is free.
 
@@ -78,18 +117,34 @@ def decide(
         redelivered: the broker's flag.
         entry: the journal's, if it has one.
         problem: why no handler can take it (unknown command, invalid arguments), or None.
+        denied: what was said under its id about mail that could not be verified. That stands, and is not asked about:
+            the claim could overtake what was said, and be granted.
+        doubtful: something may have been said under its id (`Denied.forgot`).
         granted: the fabric has granted our claim.
         now: the fabric's time.
     """
     if entry is not None:
         return Duplicate(resend=entry.state in (State.DONE, State.REPORTED))
+    if denied is not None:
+        return Answer(denied)
     if now >= command.not_after:
         return Answer(EXPIRED)
     if problem is not None:
         return Answer(problem)
-    if not granted and must_claim(command, redelivered=redelivered, now=now):
+    if not granted and (doubtful or must_claim(command, redelivered=redelivered, now=now)):
         return Claim()
     return Run()
+
+
+def unverified(reason: str, *, held: bool, entry: Entry | None, denied: str | None) -> Answer | Silence:
+    """What to say under the id of mail that is unsigned, altered or malformed; nothing of it is journaled.
+
+    `rejected` means that the handler did not start. So nothing is said while the true mail is held here (it waits,
+    is being claimed, or runs) or was: it may start, or has. Nor is anything said twice.
+    """
+    if held or entry is not None or denied is not None:
+        return Silence()
+    return Answer(reason)
 
 
 def must_claim(command: wire.Command, *, redelivered: bool, now: int) -> bool:

@@ -74,6 +74,7 @@ class Runtime:
         self._telemetry = telemetry.Telemetry(self._link, device)
         self._mailbox = Mailbox(
             identity=self._identity,
+            renew=lambda: identity.load(settings.state_dir),
             link=self._link,
             journal=self._journal,
             clock=self._clock,

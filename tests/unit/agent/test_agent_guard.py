@@ -1,6 +1,7 @@
 """The guard around pika's decoder: nothing a message carries may raise in it."""
 
 import struct
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -97,3 +98,27 @@ def test_an_incomplete_frame_waits_for_the_rest(cut: int) -> None:
     buffer = header_frame(POISONS["timestamp"])
     if cut < len(buffer):
         assert decode(buffer[:cut]) == (0, None)
+
+
+def test_what_is_sent_together_leaves_in_one_write_in_its_order() -> None:
+    written: list[bytes] = []
+
+    class Transport:
+        def write(self, data: bytes) -> None:
+            written.append(data)
+
+    connection = guard.GuardedConnection.__new__(guard.GuardedConnection)
+    connection.bytes_sent = connection.frames_sent = 0
+    connection._transport = Transport()
+    connection._output_marshaled_frames([b"a", b"b"])
+    with connection.together():
+        pass
+    with connection.together():
+        connection._output_marshaled_frames([b"ack"])
+        with connection.together():
+            connection._output_marshaled_frames([b"receipt ", b"header"])
+    with suppress(ZeroDivisionError), connection.together():
+        connection._output_marshaled_frames([b"sent"])
+        raise ZeroDivisionError
+    connection._output_marshaled_frames([b"c"])
+    assert written == [b"ab", b"ackreceipt header", b"sent", b"c"]

@@ -33,6 +33,7 @@ def peering(issuer: Credential, **changed: Any) -> dict[str, Any]:
     fabric_key = signing.signing_key(issuer.key)
     return {
         "device_id": "garage-7",
+        "generation": 3,
         "amqps_url": "amqps://localhost:5671/devices",
         "api_url": "https://localhost:8443",
         "audience": {"mq": "fabric/mq/one", "api": "fabric/api"},
@@ -208,6 +209,10 @@ def test_a_refusal_is_told_and_escaped(start: Start, state: Path, status: int, e
         {"amqps_url": "amqp://localhost:5672/devices"},
         {"amqps_url": "amqps://user:secret@localhost/devices"},
         {"audience": "x"},
+        {"generation": None},
+        {"generation": "1"},
+        {"generation": True},
+        {"generation": 0},
         {"signing_keys": {"keys": []}},
         {"signing_keys": {"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}},
         {"signing_keys": {"keys": ["x"]}},
@@ -261,6 +266,26 @@ def test_another_device_is_not_put_over_the_present_one(start: Start, state: Pat
     with pytest.raises(errors.StateRefused, match="garage-7"):
         run(state, url(other), ticket(issuer))
     assert identity.load(state).device == "garage-7"
+
+
+def test_a_peering_without_the_generation_asks_to_enroll_again_which_then_works(start: Start, state: Path) -> None:
+    issuer, server = credentials()
+    gateway = start(server, answers(issuer, peering(issuer)))
+    run(state, url(gateway), ticket(issuer))
+    assert identity.load(state).peering.generation == 3
+    file = state / "peering.json"
+    old = json.loads(file.read_text())
+    del old["generation"]
+    for content in (json.dumps(old), "{"):
+        file.write_text(content)
+        with pytest.raises(errors.StateRefused, match="enroll"):
+            identity.load(state)
+        other = start(server, answers(issuer, peering(issuer, device_id="garage-8")))
+        if content != "{":
+            with pytest.raises(errors.StateRefused, match="garage-7"):
+                run(state, url(other), ticket(issuer))
+        run(state, url(gateway), ticket(issuer))
+        assert identity.load(state).peering.generation == 3
 
 
 def test_nobody_there_and_no_ticket(state: Path) -> None:

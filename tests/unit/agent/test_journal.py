@@ -77,14 +77,17 @@ def test_a_command_is_never_started_twice(tmp_path: Path) -> None:
         kept.start(command(), NOW, keep_request=False)
 
 
-def test_confirmed_reports_travel_with_the_next_write(tmp_path: Path) -> None:
+def test_confirmed_reports_travel_with_the_next_write_but_a_pick_up(tmp_path: Path) -> None:
     kept = open_journal(tmp_path)
     kept.start(command(1), NOW, keep_request=False)
     kept.finish(outcome(1))
     kept.reported(command(1).id)
-    assert state(kept) == State.DONE
     kept.start(command(2), NOW, keep_request=False)
+    assert state(kept) == State.DONE
+    assert kept.has_lazy_marks
+    kept.finish(outcome(2))
     assert state(kept) == State.REPORTED
+    assert not kept.has_lazy_marks
 
 
 def test_a_failed_write_forgets_no_mark(tmp_path: Path) -> None:
@@ -94,6 +97,9 @@ def test_a_failed_write_forgets_no_mark(tmp_path: Path) -> None:
     kept.reported(command(1).id)
     with pytest.raises(errors.JournalRefused):
         kept.start(command(1), NOW, keep_request=False)
+    with pytest.raises(errors.JournalRefused):
+        kept.reject(command(1), outcome(1))
+    assert state(kept) == State.DONE
     kept.flush()
     assert state(kept) == State.REPORTED
 

@@ -1,6 +1,7 @@
 """The mailbox's order of things (COMMANDS.md, rule 1) and the reporter's persistence, against a recording link."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from device_agent import handlers, journal
+from device_agent import errors, handlers, journal
 from device_agent.clock import FabricClock
 from device_agent.handlers import Done, PythonHandlers
 from device_agent.identity import Identity, Peering, make_key
@@ -30,6 +31,7 @@ class Recorder:
     def __init__(self, kept: Journal) -> None:
         self.kept = kept
         self.up = True
+        self.writes = 0
         self.events: list[tuple[str, object]] = []
         self.published: list[tuple[str, wire.Message, Callable[[bool], None] | None]] = []
         self.timers: list[tuple[float, Callable[..., None], tuple[object, ...]]] = []
@@ -37,6 +39,11 @@ class Recorder:
 
     def ack(self, mail: Mail) -> None:
         self.events.append(("ack", mail.tag))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        self.writes += 1
+        yield
 
     def publish(self, key: str, message: wire.Message, done: Callable[[bool], None] | None) -> bool:
         if self.up:
@@ -88,12 +95,14 @@ class World:
         python = PythonHandlers()
         python.register("door.close", lambda: "closed", idempotent=False)
         python.register("door.state", lambda: "closed", idempotent=True)
-        peering = Peering(DEVICE, "h", 1, "devices", "u", "m", "a", {SIGNER.kid: SIGNER.private.public_key()})
+        peering = Peering(DEVICE, 1, "h", 1, "devices", "u", "m", "a", {SIGNER.kid: SIGNER.private.public_key()})
         link: Any = self.link
         self.reporter = Reporter(link, self.kept, DEVICE)
         self.reporter.link_up()
+        self.identity = Identity(make_key(directory), peering, "")
         self.mailbox = Mailbox(
-            identity=Identity(make_key(directory), peering, ""),
+            identity=self.identity,
+            renew=lambda: self.identity,
             link=link,
             journal=self.kept,
             clock=clock,
@@ -233,11 +242,98 @@ def test_the_signature_covers_what_a_command_means(world: World, field: str) -> 
     assert said.reason == "unsigned"
 
 
-def test_a_forged_copy_can_not_make_the_agent_deny_what_it_started(world: World) -> None:
+FORGED: list[dict[str, Any]] = [{"signed": False}, {"headers": {"v": "1.0"}}, {"headers": {"v": "2.0"}}]
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_forged_copy_can_not_make_the_agent_deny_what_it_started(world: World, forged: dict[str, Any]) -> None:
     world.take(command())
-    world.take(command(), signed=False)
+    world.take(command(), **forged)
     assert world.link.outcomes() == []
     assert ("ack", 2) in world.link.events
+    assert world.link.ended is not None
+    world.link.ended(handlers.succeeded("closed"))
+    world.take(command(), **forged)
+    assert [said.status for said in world.link.outcomes()] == ["succeeded"]
+    assert ("ack", 3) in world.link.events
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_nothing_is_said_for_a_forged_copy_while_the_true_mail_waits_or_is_claimed(
+    world: World, forged: dict[str, Any]
+) -> None:
+    world.take(command(1))
+    world.take(command(2))
+    world.take(command(2), **forged)
+    assert ("ack", 3) in world.link.events
+    world.take(command(3), redelivered=True)
+    assert world.link.ended is not None
+    world.link.ended(handlers.succeeded("closed"))  # 2 starts
+    world.link.ended(handlers.succeeded("closed"))  # 3 is claimed
+    world.take(command(3), **forged)
+    assert ("ack", 5) in world.link.events
+    answer(world, granted=(3,))
+    world.link.ended(handlers.succeeded("closed"))
+    told = [(said.command, said.status) for said in world.link.outcomes()]
+    assert told == [(command(number).id, "succeeded") for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("forged", FORGED)
+@pytest.mark.parametrize("redelivered", [False, True])
+def test_the_true_mail_of_what_was_denied_is_not_run(world: World, forged: dict[str, Any], redelivered: bool) -> None:
+    world.take(command(), **forged)
+    world.take(command(), **forged)
+    (said,) = world.link.outcomes()
+    world.take(command(), redelivered=redelivered)
+    assert [event for event, _ in world.link.events] == ["outcome", "ack", "ack", "ack", "outcome"]
+    again = world.link.outcomes()[-1]
+    assert (again.status, again.reason) == ("rejected", said.reason) == (said.status, said.reason)
+    entry = world.kept.find(command().id)
+    assert entry is not None
+    assert entry.state == State.DONE
+
+
+def test_fresh_mail_is_claimed_when_more_was_denied_than_is_remembered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("device_agent.pickup.MAX_DENIED", 2)
+    for number in range(1, 4):
+        world.take(command(number), signed=False)
+    world.take(command(1))
+    assert world.link.events[-1][0] == "claim"
+    answer(world, refused={1: "rejected"})
+    assert ("start", None) not in world.link.events
+    assert len(world.link.outcomes()) == 3
+
+
+@pytest.mark.parametrize("generation", [1, 3])
+def test_a_command_of_another_generation_is_no_command_for_this_device(world: World, generation: int) -> None:
+    world.identity = replace(world.identity, peering=replace(world.identity.peering, generation=2))
+    world.take(command(1, generation=2))  # enrolled again since the start: the identity is read anew
+    assert ("start", None) in world.link.events
+    world.take(command(2, generation=generation))
+    (said,) = world.link.outcomes()
+    assert (said.command, said.status, said.reason) == (command(2).id, "rejected", "unsigned")
+    assert ("ack", 2) in world.link.events
+    assert world.kept.find(command(2).id) is None
+
+
+def test_an_identity_that_can_not_be_read_again_changes_nothing(world: World) -> None:
+    del world.identity
+
+    def gone() -> Identity:
+        raise errors.StateRefused("gone")
+
+    world.mailbox._renew = gone
+    world.take(command(1, generation=2))
+    world.take(command(2))
+    assert [said.reason for said in world.link.outcomes()] == ["unsigned"]
+    assert ("start", None) in world.link.events
+
+
+def test_ack_and_receipt_leave_together(world: World) -> None:
+    world.take(command())
+    assert world.link.writes == 1
 
 
 def test_undecodable_and_other_mail_is_acked(world: World) -> None:

@@ -32,7 +32,15 @@ COMMAND = wire.Command(
 
 
 def decide(command: wire.Command = COMMAND, **changed: object) -> pickup.Decision:
-    arguments: dict[str, object] = {"redelivered": False, "entry": None, "problem": None, "granted": False, "now": NOW}
+    arguments: dict[str, object] = {
+        "redelivered": False,
+        "entry": None,
+        "problem": None,
+        "denied": None,
+        "doubtful": False,
+        "granted": False,
+        "now": NOW,
+    }
     return pickup.decide(command, **(arguments | changed))  # type: ignore[arg-type]  # the call checks them
 
 
@@ -80,6 +88,47 @@ def test_refusals() -> None:
     assert pickup.refused("unanswered") == pickup.Answer("claim-refused")
 
 
+@pytest.mark.parametrize("granted", [False, True])
+def test_what_was_denied_is_not_run_whatever_the_fabric_says_and_the_same_is_said_again(granted: bool) -> None:
+    assert decide(denied="malformed: x", granted=granted) == pickup.Answer("malformed: x")
+    assert decide(denied="unsigned", granted=granted, now=NOW + 10**9) == pickup.Answer("unsigned")
+
+
+def test_fresh_mail_is_claimed_while_something_denied_was_forgotten() -> None:
+    assert decide(doubtful=True) == pickup.Claim()
+    assert decide(doubtful=True, granted=True) == pickup.Run()
+
+
+@pytest.mark.parametrize("entry", [None, *(Entry(ID, state) for state in State)])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("denied", [None, "unsigned"])
+def test_unverified_mail_is_answered_once_and_never_beside_its_true_mail(
+    entry: Entry | None, held: bool, denied: str | None
+) -> None:
+    says = entry is None and not held and denied is None
+    expected = pickup.Answer("unsigned") if says else pickup.Silence()
+    assert pickup.unverified("unsigned", held=held, entry=entry, denied=denied) == expected
+
+
+def test_what_was_denied_is_remembered_within_bounds() -> None:
+    def id(number: int) -> names.CommandId:
+        return names.CommandId(f"0199c0de-0000-7000-8000-{number:012x}")
+
+    denied = pickup.Denied()
+    for number in range(pickup.MAX_DENIED):
+        denied.add(id(number), f"reason {number}", NOW)
+    assert denied.said(id(0)) == "reason 0"
+    assert denied.said(id(pickup.MAX_DENIED)) is None
+    assert not denied.forgot(NOW)
+    denied.add(id(pickup.MAX_DENIED), "unsigned", NOW)
+    assert denied.said(id(0)) is None
+    assert denied.said(id(1)) == "reason 1"
+    assert denied.said(id(pickup.MAX_DENIED)) == "unsigned"
+    assert denied.forgot(NOW)
+    assert denied.forgot(NOW + pickup.DOUBT_FOR - 1)
+    assert not denied.forgot(NOW + pickup.DOUBT_FOR)
+
+
 COMMANDS = st.builds(
     replace,
     st.just(COMMAND),
@@ -95,18 +144,36 @@ COMMANDS = st.builds(
     st.booleans(),
     st.none() | st.builds(Entry, st.just(ID), st.sampled_from(State)),
     st.none() | st.just("unknown-command"),
+    st.none() | st.just("unsigned"),
+    st.booleans(),
     st.booleans(),
 )
-def test_never_late_never_twice_never_stale_without_a_grant(
-    command: wire.Command, redelivered: bool, entry: Entry | None, problem: str | None, granted: bool
+def test_never_late_never_twice_never_denied_never_stale_without_a_grant(
+    command: wire.Command,
+    redelivered: bool,
+    entry: Entry | None,
+    problem: str | None,
+    denied: str | None,
+    doubtful: bool,
+    granted: bool,
 ) -> None:
-    decision = decide(command, redelivered=redelivered, entry=entry, problem=problem, granted=granted)
+    decision = decide(
+        command,
+        redelivered=redelivered,
+        entry=entry,
+        problem=problem,
+        denied=denied,
+        doubtful=doubtful,
+        granted=granted,
+    )
     if isinstance(decision, pickup.Run):
         assert entry is None
         assert problem is None
+        assert denied is None
         assert command.not_after > NOW
-        assert granted or not pickup.must_claim(command, redelivered=redelivered, now=NOW)
+        assert granted or not (doubtful or pickup.must_claim(command, redelivered=redelivered, now=NOW))
     if isinstance(decision, pickup.Claim):
+        assert denied is None
         assert not granted
         assert command.not_after > NOW
     if entry is not None:
