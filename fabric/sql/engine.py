@@ -25,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from fabric.command import Micros
 from fabric.errors import FabricError, Invalid, LedgerUnavailable
+from fabric.sql.prepared import say
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ class Database:
         self._turn = Turn(Path(f"{self.engine.url.database}-turn")) if self.sqlite else nullcontext()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sql-writer")
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="sql-reader")
+        self._kept = _Kept()
         self._waiting = 0
         self._closed = False
 
@@ -95,14 +97,10 @@ class Database:
         doubtful: list[T] = []
 
         def attempt() -> T:
-            with self._turn, self.engine.connect() as connection:
+            with self._turn, self._kept.of(self.engine) as connection:
                 transaction = connection.begin()
                 try:
-                    if self.sqlite:
-                        connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-                        connection.exec_driver_sql("BEGIN IMMEDIATE")
-                    elif not durable:
-                        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+                    self._begin(connection, durable)
                     if doubtful and committed is not None and committed(connection, doubtful[-1]):
                         transaction.rollback()
                         return doubtful[-1]
@@ -121,6 +119,17 @@ class Database:
                 return result
 
         return self._retrying(attempt)
+
+    def _begin(self, connection: sa.Connection, durable: bool) -> None:
+        if self.sqlite:
+            wanted = "FULL" if durable else "NORMAL"
+            if connection.info.get(_SYNCHRONOUS) != wanted:
+                connection.info.pop(_SYNCHRONOUS, None)
+                say(connection, f"PRAGMA synchronous={wanted}")
+                connection.info[_SYNCHRONOUS] = wanted
+            say(connection, "BEGIN IMMEDIATE")
+        elif not durable:
+            say(connection, "SET LOCAL synchronous_commit = off")
 
     async def time_offset(self) -> Micros:
         """The database's clock minus this process's, in microseconds; the quickest of three measurements."""
@@ -152,6 +161,7 @@ class Database:
         self._readers.shutdown()
         if isinstance(self._turn, Turn):
             self._turn.close()
+        self._kept.close()
         self.engine.dispose()
         self._reading.dispose()
 
@@ -167,7 +177,7 @@ class Database:
             self._waiting -= 1
 
     def _read(self, work: Callable[[sa.Connection], T]) -> T:
-        with self._reading.connect() as connection:
+        with self._kept.of(self._reading) as connection:
             return work(connection)
 
     def _retrying(self, attempt: Callable[[], T]) -> T:
@@ -188,6 +198,59 @@ class Database:
                     raise LedgerUnavailable(f"The database can't be used now: {_first_line(error)}") from error
             time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause = min(pause * 2, longest)
+
+
+class _Lent:
+    """A thread's connection to one engine, kept from use to use; a context manager. After a failure it goes back
+    to the pool, which looks after it."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._connection: sa.Connection | None = None
+
+    def __enter__(self) -> sa.Connection:
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        return self._connection
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._connection is not None  # noqa: S101 - made on entering
+        if kind is not None:
+            self.close()
+        elif self._connection.in_transaction():  # one that SQLAlchemy began for a read
+            self._connection.rollback()
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+class _Mine(threading.local):
+    def __init__(self) -> None:
+        self.by_engine: dict[sa.Engine, _Lent] = {}
+
+
+class _Kept:
+    """The connections of all threads: taking one from the pool and giving it back costs as much as a statement."""
+
+    def __init__(self) -> None:
+        self._mine = _Mine()
+        self._all: list[_Lent] = []
+
+    def of(self, engine: sa.Engine) -> _Lent:
+        """The calling thread's."""
+        mine = self._mine.by_engine
+        lent = mine.get(engine)
+        if lent is None:
+            lent = mine[engine] = _Lent(engine)
+            self._all.append(lent)
+        return lent
+
+    def close(self) -> None:
+        """Once the threads have ended."""
+        for lent in self._all:
+            lent.close()
 
 
 class Turn:
@@ -341,6 +404,7 @@ def _postgresql(url: sa.URL, connections: int, isolation: IsolationLevel) -> sa.
     return sa.create_engine(
         url.set(drivername="postgresql+psycopg"),
         isolation_level=isolation,
+        paramstyle="format",  # by position, like SQLite's: `Prepared` knows no other
         pool_size=connections,
         max_overflow=0,
         pool_timeout=10,
@@ -358,6 +422,7 @@ _SQLITE_BUSY = frozenset(
         sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
     }
 )  # fmt: skip
+_SYNCHRONOUS = "synchronous"  # where a SQLite connection's present value is remembered
 _making = threading.Lock()
 _CLOCK = sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 

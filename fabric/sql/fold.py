@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import sqlalchemy as sa
 
@@ -13,6 +13,7 @@ from fabric.command import Command, Event, Micros, Step, accept, step
 from fabric.errors import Conflict, FabricError, NotFound
 from fabric.model import Accept, Accepted, Change, Changed, Dropped, Result, TimelineRow, Write
 from fabric.sql import rows, schema
+from fabric.sql.prepared import Prepared, Row, among
 from topology.names import CommandId, DeviceId
 
 UNKNOWN_COMMAND: Final = "unknown-command"
@@ -59,23 +60,24 @@ class Fold:
     def load(self, devices: Iterable[DeviceId], commands: Iterable[CommandId]) -> None:
         """Lock and read, devices before commands, each in the order of their ids."""
         if wanted := sorted(set(devices)):
-            for row in _among(self._connection, _LOCK_DEVICES, wanted):
-                self._counters[row.id] = _Counter(row.generation, row.next_seq, row.next_seq)
+            for id, generation, next_seq in _LOCK_DEVICES(self._connection, wanted):
+                self._counters[id] = _Counter(generation, next_seq, next_seq)
         if ids := sorted(set(commands)):
-            self.take(_among(self._connection, _LOCK_COMMANDS, ids))
+            self.take(_LOCK_COMMANDS(self._connection, ids))
         self._now = self._clock()
 
     def count(self, device: DeviceId, generation: int, many: int) -> bool:
         """`load` for commands of one device that are new: in one statement, its row locked, as many numbers are
         taken. False when there is no such device of that generation."""
-        taken = self._connection.execute(_TAKE_NUMBERS, {"of": device, "is": generation, "many": many}).scalar()
-        if taken is None:
+        found = _TAKE_NUMBERS.first(self._connection, {"of": device, "is": generation, "many": many})
+        if found is None:
             return False
+        (taken,) = found
         self._counters[device] = _Counter(generation, taken - many, taken)
         self._now = self._clock()
         return True
 
-    def take(self, found: Iterable["sa.Row[Any]"]) -> None:
+    def take(self, found: Iterable[Row]) -> None:
         """Hold these rows: `rows.COMMAND_COLUMNS` and the device's generation."""
         for row in found:
             command = rows.command(row)
@@ -103,7 +105,6 @@ class Fold:
         Raises:
             Stale: a row was not as it was read.
         """
-        execute = self._connection.execute
         counters = [
             {"of": id, "next_seq": counter.next_seq}
             for id, counter in sorted(self._counters.items())
@@ -112,17 +113,17 @@ class Fold:
         fresh = [held.command for held in self._held.values() if held.stored is None]
         changed = [held for held in self._held.values() if held.stored not in (None, held.command.version)]
         if counters:
-            execute(_COUNT, _one_or_many(counters))
+            _COUNT.run(self._connection, counters)
         if fresh:
-            execute(_INSERT_COMMANDS, _one_or_many([rows.new_command(command) for command in fresh]))
+            _INSERT_COMMANDS.run(self._connection, [rows.new_command(command) for command in fresh])
         if changed:
             updates = [
                 {"of": held.command.id, "stored": held.stored, **rows.command_state(held.command)} for held in changed
             ]
-            if execute(_UPDATE_COMMANDS, _one_or_many(updates)).rowcount != len(updates):
+            if _UPDATE_COMMANDS.run(self._connection, updates) != len(updates):
                 raise Stale
         if self._events:
-            execute(INSERT_EVENTS, _one_or_many(self._events))
+            INSERT_EVENTS.run(self._connection, self._events)
         return fresh + [held.command for held in changed]
 
     def told(self, results: Sequence[Result]) -> list[Result]:
@@ -133,8 +134,8 @@ class Fold:
         if not settled:
             return list(results)
         timelines: dict[CommandId, list[TimelineRow]] = {id: [] for id in settled}
-        for row in _among(self._connection, _TIMELINES, settled):
-            timelines[row.command].append(rows.timeline_row(row))
+        for id, *row in _TIMELINES(self._connection, settled):
+            timelines[id].append(rows.timeline_row(row))
         return [
             replace(result, timeline=tuple(timelines[result.step.command.id]))
             if isinstance(result, Changed) and result.step.settled
@@ -178,62 +179,46 @@ class Fold:
         return Changed(self.step(change.command, change.event))
 
 
-def padded(ids: Sequence[str]) -> list[str]:
-    """The ids, the last one repeated up to a power of two, so that only a few statements are ever prepared."""
-    return [*ids, *[ids[-1]] * ((1 << (len(ids) - 1).bit_length()) - len(ids))]
-
-
 def are_stored(connection: sa.Connection, written: Sequence[Command]) -> bool:
     """Are these exact rows in the database? For a commit whose fate is unknown."""
     if not written:
         return True
-    found = _among(connection, _LOCK_COMMANDS, sorted(command.id for command in written))
-    stored = {row.id: rows.new_command(rows.command(row)) for row in found}
+    found = map(rows.command, _LOCK_COMMANDS(connection, sorted(command.id for command in written)))
+    stored = {command.id: rows.new_command(command) for command in found}
     return all(stored.get(command.id) == rows.new_command(command) for command in written)
-
-
-def _among(connection: sa.Connection, one_and_many: tuple[sa.Select[Any], sa.Select[Any]], ids: Sequence[str]) -> Any:
-    """A list of ids is expanded into the statement each time; a single one is spared that."""
-    one, many = one_and_many
-    return connection.execute(one, {"of": ids[0]}) if len(ids) == 1 else connection.execute(many, {"ids": padded(ids)})
-
-
-def _one_and_many(query: sa.Select[Any], id: "sa.Column[Any]") -> tuple[sa.Select[Any], sa.Select[Any]]:
-    return query.where(id == sa.bindparam("of")), query.where(id.in_(sa.bindparam("ids", expanding=True)))
 
 
 def _identity(command: Command) -> tuple[object, ...]:
     return (command.device, command.generation, command.name, command.body, command.content_type, command.issuer)
 
 
-def _one_or_many(parameters: list[rows.Row]) -> Any:
-    """A single row goes without executemany, which would cost a round trip."""
-    return parameters[0] if len(parameters) == 1 else parameters
-
-
-_LOCK_DEVICES = _one_and_many(
+_LOCK_DEVICES = among(
     sa.select(schema.devices.c.id, schema.devices.c.generation, schema.devices.c.next_seq)
     .order_by(schema.devices.c.id)
     .with_for_update(),
     schema.devices.c.id,
 )
-LOCK_COMMANDS: Final[sa.Select[Any]] = (
+LOCK_COMMANDS: Final = (
     sa.select(*rows.COMMAND_COLUMNS, schema.devices.c.generation.label("device_generation"))
     .select_from(schema.commands.outerjoin(schema.devices, schema.devices.c.id == schema.commands.c.device))
     .order_by(schema.commands.c.id)
     .with_for_update(of=schema.commands)
 )
-_LOCK_COMMANDS = _one_and_many(LOCK_COMMANDS, schema.commands.c.id)
-_TIMELINES = _one_and_many(sa.select(schema.events).order_by(schema.events.c.id), schema.events.c.command)
-_COUNT = sa.update(schema.devices).where(schema.devices.c.id == sa.bindparam("of"))
-_TAKE_NUMBERS = (
+_LOCK_COMMANDS = among(LOCK_COMMANDS, schema.commands.c.id)
+_TIMELINES = among(
+    sa.select(schema.events.c.command, *rows.TIMELINE_COLUMNS).order_by(schema.events.c.id), schema.events.c.command
+)
+_COUNT = Prepared(sa.update(schema.devices).where(schema.devices.c.id == sa.bindparam("of")))
+_TAKE_NUMBERS = Prepared(
     sa.update(schema.devices)
     .where(schema.devices.c.id == sa.bindparam("of"), schema.devices.c.generation == sa.bindparam("is"))
     .values(next_seq=schema.devices.c.next_seq + sa.bindparam("many"))
     .returning(schema.devices.c.next_seq)
 )
-_INSERT_COMMANDS = sa.insert(schema.commands)
-_UPDATE_COMMANDS = sa.update(schema.commands).where(
-    schema.commands.c.id == sa.bindparam("of"), schema.commands.c.version == sa.bindparam("stored")
+_INSERT_COMMANDS = Prepared(sa.insert(schema.commands).inline())
+_UPDATE_COMMANDS = Prepared(
+    sa.update(schema.commands).where(
+        schema.commands.c.id == sa.bindparam("of"), schema.commands.c.version == sa.bindparam("stored")
+    )
 )
-INSERT_EVENTS = sa.insert(schema.events).inline()  # nobody asks for the id
+INSERT_EVENTS = Prepared(sa.insert(schema.events).inline())  # nobody asks for the id

@@ -18,7 +18,8 @@ from fabric.model import Accept, Change, LogRow, Mailbox, QuarantineRow, Result,
 from fabric.sql import log as event_log
 from fabric.sql import rows, schema
 from fabric.sql.engine import Database
-from fabric.sql.fold import Fold, Stale, are_stored, padded
+from fabric.sql.fold import Fold, Stale, are_stored
+from fabric.sql.prepared import Prepared, Row, padded
 from topology.names import CommandId, DeviceId
 
 READS = 5  # of one batch, before a row that keeps changing under it is given up
@@ -91,12 +92,12 @@ class SqlLedger:
 
     async def command(self, id: CommandId) -> tuple[Command, list[TimelineRow]] | None:
         def read(connection: sa.Connection) -> tuple[Command, list[TimelineRow]] | None:
-            found = connection.execute(_COMMAND, {"of": id}).first()
+            found = _COMMAND.first(connection, {"of": id})
             if found is None:
                 return None
             command = rows.command(found)
             # Read after the command, on a later snapshot: what is newer than the command is left out.
-            entries = connection.execute(_TIMELINE, {"of": id, "version": command.version})
+            entries = _TIMELINE.all(connection, {"of": id, "version": command.version})
             return command, [rows.timeline_row(row) for row in entries]
 
         return await self._database.read(read)
@@ -124,12 +125,12 @@ class SqlLedger:
         return await self._database.read(lambda connection: list(map(rows.command, connection.execute(query))))
 
     async def due(self, now: Micros, limit: int) -> list[tuple[CommandId, State]]:
-        found = await self._all(_DUE, {"now": now, "limit": limit})
-        return [(CommandId(row.id), State(row.state)) for row in found]
+        found = await self._prepared(_DUE, {"now": now, "limit": limit})
+        return [(CommandId(id), State(state)) for id, state in found]
 
     async def to_publish(self, now: Micros, limit: int) -> list[tuple[CommandId, int]]:
-        found = await self._all(_TO_PUBLISH, {"now": now, "limit": limit})
-        return [(CommandId(row.id), row.attempt) for row in found]
+        found = await self._prepared(_TO_PUBLISH, {"now": now, "limit": limit})
+        return [(CommandId(id), attempt) for id, attempt in found]
 
     async def waiting_by_device(self, cell: str) -> Mapping[DeviceId, list[tuple[CommandId, int]]]:
         waiting: dict[DeviceId, list[tuple[CommandId, int]]] = {}
@@ -177,6 +178,9 @@ class SqlLedger:
 
     async def _all(self, query: sa.Select[Any], parameters: rows.Row) -> Sequence["sa.Row[Any]"]:
         return await self._database.read(lambda connection: connection.execute(query, parameters).all())
+
+    async def _prepared(self, query: Prepared, parameters: rows.Row) -> list[Row]:
+        return await self._database.read(lambda connection: query.all(connection, parameters))
 
     async def _flush(self, groups: Sequence[_Group]) -> list[list[Result] | Exception]:
         return await self._database.write_batch(lambda: self._write(groups))
@@ -267,22 +271,22 @@ def mailboxes(connection: sa.Connection, devices: Sequence[DeviceId], now: Micro
 _commands = schema.commands.c
 # The index's condition in its own words, so that prepared statements use it too.
 _in_mailbox = sa.text("state IN ('accepted', 'queued', 'cancelled')")
-_waiting = _commands.state.in_(sorted(state.value for state in WAITING))
+_waiting = sa.text("state IN ({})".format(", ".join(sorted(f"'{state}'" for state in WAITING))))
 
-_COMMAND = sa.select(*rows.COMMAND_COLUMNS).where(_commands.id == sa.bindparam("of"))
-_TIMELINE = (
-    sa.select(schema.events)
+_COMMAND = Prepared(sa.select(*rows.COMMAND_COLUMNS).where(_commands.id == sa.bindparam("of")))
+_TIMELINE = Prepared(
+    sa.select(*rows.TIMELINE_COLUMNS)
     .where(schema.events.c.command == sa.bindparam("of"), schema.events.c.version <= sa.bindparam("version"))
     .order_by(schema.events.c.id)
 )
-_DUE = (
+_DUE = Prepared(
     sa.select(_commands.id, _commands.state)
     .where(_commands.due <= sa.bindparam("now"))
     .order_by(_commands.due)
     .limit(sa.bindparam("limit"))
 )
 # Past its deadline nothing is published any more; what is left is the clock's.
-_TO_PUBLISH = (
+_TO_PUBLISH = Prepared(
     sa.select(_commands.id, _commands.attempt)
     .where(_commands.publish_due <= sa.bindparam("now"), _commands.deadline > sa.bindparam("now"), _waiting)
     .order_by(_commands.publish_due)

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from fabric.command import Micros
 from fabric.model import LogRow
 from fabric.sql import rows, schema
+from fabric.sql.prepared import Prepared
 
 SEQUENCER: Final = "sequencer"
 
@@ -23,49 +24,53 @@ _leases = schema.leases.c
 def is_idle(connection: sa.Connection, owner: str, now: Micros, lease: Micros) -> bool | None:
     """A look without a lock: False when another owner holds the lease; True when this one holds it well, and
     has nothing to do; None when `sequence` must be called."""
-    row = connection.execute(_LOOK).one()
-    if row.owner != owner:
-        return False if row.until > now else None
-    held_well = row.until - now > lease // 2
-    return True if held_well and not row.unsequenced and row.published == row.position else None
+    ((holder, until, position, published, unsequenced),) = _LOOK.all(connection, {})
+    if holder != owner:
+        return False if until > now else None
+    held_well = until - now > lease // 2
+    return True if held_well and not unsequenced and published == position else None
 
 
 def sequence(connection: sa.Connection, owner: str, now: Micros, lease: Micros, limit: int) -> list[LogRow] | None:
     """Take or renew the lease, number what is new, and return what is unpublished; None without the lease."""
-    held = connection.execute(_TAKE, {"by": owner, "now": now, "ends": now + lease}).first()
+    held = _TAKE.first(connection, {"by": owner, "now": now, "ends": now + lease})
     if held is None:
         return None
-    unpublished = held.position - held.published
+    position, published = held
+    unpublished = position - published
     if unpublished < limit:
-        given = connection.execute(_NUMBER, {"last": held.position, "limit": limit - unpublished}).rowcount
+        given = _NUMBER.run(connection, [{"last": position, "limit": limit - unpublished}])
         if given:
-            connection.execute(_GIVEN, {"to": held.position + given})
-    return read(connection, held.published, limit)
+            _GIVEN.run(connection, [{"to": position + given}])
+    return read(connection, published, limit)
 
 
 def mark_published(connection: sa.Connection, owner: str, position: int) -> None:
     """Everything up to `position` is published; without effect when the lease is another's."""
-    connection.execute(_PUBLISHED, {"by": owner, "to": position})
+    _PUBLISHED.run(connection, [{"by": owner, "to": position}])
 
 
 def read(connection: sa.Connection, after: int, limit: int) -> list[LogRow]:
-    return [rows.log_row(row) for row in connection.execute(_READ, {"after": after, "limit": limit})]
+    return [rows.log_row(row) for row in _READ.all(connection, {"after": after, "limit": limit})]
 
 
 def last_position(connection: sa.Connection) -> int:
     return int(connection.execute(_LAST).scalar_one())
 
 
-_LOOK = sa.select(
-    _leases.owner,
-    _leases.until,
-    _leases.position,
-    _leases.published,
-    sa.exists(sa.select(_events.id).where(sa.text("events.position IS NULL"))).label("unsequenced"),
-).where(_leases.name == SEQUENCER)
-_TAKE = (
+_the_lease = _leases.name == SEQUENCER
+_LOOK = Prepared(
+    sa.select(
+        _leases.owner,
+        _leases.until,
+        _leases.position,
+        _leases.published,
+        sa.exists(sa.select(_events.id).where(sa.text("events.position IS NULL"))).label("unsequenced"),
+    ).where(_the_lease)
+)
+_TAKE = Prepared(
     sa.update(schema.leases)
-    .where(_leases.name == SEQUENCER, sa.or_(_leases.owner == sa.bindparam("by"), _leases.until <= sa.bindparam("now")))
+    .where(_the_lease, sa.or_(_leases.owner == sa.bindparam("by"), _leases.until <= sa.bindparam("now")))
     .values(owner=sa.bindparam("by"), until=sa.bindparam("ends"))
     .returning(_leases.position, _leases.published)
 )
@@ -79,20 +84,20 @@ _fresh = (
     .limit(sa.bindparam("limit"))
     .subquery("fresh")  # not a CTE: Python's sqlite3 counts rows only of statements that start with UPDATE
 )
-_NUMBER = sa.update(schema.events).where(_events.id == _fresh.c.id).values(position=_fresh.c.next)
-_GIVEN = sa.update(schema.leases).where(_leases.name == SEQUENCER).values(position=sa.bindparam("to"))
-_PUBLISHED = (
+_NUMBER = Prepared(sa.update(schema.events).where(_events.id == _fresh.c.id).values(position=_fresh.c.next))
+_GIVEN = Prepared(sa.update(schema.leases).where(_the_lease).values(position=sa.bindparam("to")))
+_PUBLISHED = Prepared(
     sa.update(schema.leases)
     .where(
-        _leases.name == SEQUENCER,
+        _the_lease,
         _leases.owner == sa.bindparam("by"),
         _leases.published < sa.bindparam("to"),
         _leases.position >= sa.bindparam("to"),
     )
     .values(published=sa.bindparam("to"))
 )
-_READ = (
-    sa.select(schema.events)
+_READ = Prepared(
+    sa.select(*rows.LOG_COLUMNS)
     .where(_events.position > sa.bindparam("after"))
     .order_by(_events.position)
     .limit(sa.bindparam("limit"))

@@ -261,7 +261,7 @@ class SqlRegistry:
 
 
 def record(connection: sa.Connection, event: DomainEvent, version: int = 0) -> None:
-    connection.execute(INSERT_EVENTS, rows.domain_event(event, version))
+    INSERT_EVENTS.run(connection, [rows.domain_event(event, version)])
 
 
 def close_connections(connection: sa.Connection, id: DeviceId) -> None:

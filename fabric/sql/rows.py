@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -16,6 +16,13 @@ from topology.names import CommandId, DeviceId
 Row = dict[str, Any]
 
 COMMAND_COLUMNS: Final = tuple(column for column in schema.commands.c if column.name != "due")
+_events: Final = schema.events.c
+TIMELINE_COLUMNS: Final = (
+    _events.state, _events.at, _events.evidence, _events.detail, _events.changed, _events.version, _events.position,
+)  # fmt: skip
+LOG_COLUMNS: Final = (
+    _events.position, _events.kind, _events.device, _events.command, _events.version, _events.at, _events.document,
+)  # fmt: skip
 _DEVICE_FIELDS: Final = (
     "id", "cell", "generation", "enabled", "created_at", "version", "next_seq", "last_seen", "agent_version",
     "connected", "connection_since",
@@ -69,7 +76,7 @@ def command_state(command: Command) -> Row:
     }
 
 
-def command(row: "sa.Row[*tuple[Any, ...]]") -> Command:
+def command(row: Sequence[Any]) -> Command:
     """A command from `COMMAND_COLUMNS`, which may be followed by others."""
     (
         id, device, generation, seq, name, body, content_type, issuer, claim, supersedes, accepted_at, deadline,
@@ -134,16 +141,16 @@ def domain_event(event: DomainEvent, version: int = 0) -> Row:
     }
 
 
-def timeline_row(row: "sa.Row[Any]") -> TimelineRow:
-    entry = Entry(State(row.state), row.at, row.evidence, row.detail, row.changed)
-    return TimelineRow(entry, row.version, row.position)
+def timeline_row(row: Sequence[Any]) -> TimelineRow:
+    """From `TIMELINE_COLUMNS`."""
+    state, at, evidence, detail, changed, version, position = row
+    return TimelineRow(Entry(State(state), at, evidence, detail, changed), version, position)
 
 
-def log_row(row: "sa.Row[Any]") -> LogRow:
-    command_id = None if row.command is None else CommandId(row.command)
-    return LogRow(
-        row.position, row.kind, DeviceId(row.device), command_id, row.version, row.at, json.loads(row.document)
-    )
+def log_row(row: Sequence[Any]) -> LogRow:
+    """From `LOG_COLUMNS`."""
+    position, kind, device, command, version, at, document = row
+    return LogRow(position, kind, DeviceId(device), command and CommandId(command), version, at, json.loads(document))
 
 
 def new_device(device: Device) -> Row:
@@ -182,10 +189,11 @@ def rfc3339(at: Micros) -> str:
 def as_json(value: object) -> str:
     """JSON in ASCII, without NUL and lone surrogates: its escapes would carry them past the column's type, to
     whoever reads the document."""
-    text = json.dumps(value, separators=(",", ":"))
-    return json.dumps(_clean(value), separators=(",", ":")) if _SUSPECT.search(text) else text
+    text = _encode(value)
+    return _encode(_clean(value)) if _SUSPECT.search(text) else text
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _SUSPECT = re.compile(r"\\u(?:0000|d[89a-f])")
 
 
