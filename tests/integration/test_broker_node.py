@@ -506,7 +506,7 @@ def test_a_distribution_s_wrapper_is_seen_through(tmp_path: Path, monkeypatch: p
 def test_a_configured_broker_that_is_too_old_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripts = fake_broker(tmp_path, "4.0.5")
     monkeypatch.setenv("PATH", f"{scripts}:{os.environ['PATH']}")
-    with pytest.raises(UserlandError, match=r"^RabbitMQ 4\.0\.5 at .* is too old, 4\.2\.0 or newer is needed"):
+    with pytest.raises(UserlandError, match=r"^RabbitMQ 4\.0\.5 at .* is too old, 4\.2\.6 or newer is needed"):
         find_binaries(scripts, log=print)
 
 
@@ -521,12 +521,12 @@ def test_an_old_broker_in_path_is_passed_over(
     monkeypatch.setenv("PATH", f"{fake_broker(tmp_path, '3.10.8')}:{os.environ['PATH']}")
     lines: list[str] = []
     found = find_binaries(log=lines.append)
-    assert found.version >= (4, 2, 0)
+    assert found.version >= (4, 2, 6)
     assert found.version == binaries.version
     assert any("is RabbitMQ 3.10.8, 4.2.6 or newer is needed" in line for line in lines)
 
 
 def test_a_node_of_an_old_broker_does_not_start(make: Make, tmp_path: Path) -> None:
     old = Binaries((4, 1, 9), Path("/none/rabbitmq-server"), Path("/none/epmd"))
-    with pytest.raises(NodeError, match=r"^RabbitMQ 4\.1\.9 is too old, 4\.2\.0 or newer is needed\.$"):
+    with pytest.raises(NodeError, match=r"^RabbitMQ 4\.1\.9 is too old, 4\.2\.6 or newer is needed\.$"):
         make(tmp_path, binaries=old).start()

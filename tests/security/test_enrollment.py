@@ -388,6 +388,7 @@ def test_the_code_is_sent_to_the_one_the_ticket_names(stack: RunningStack, tmp_p
     def answers(served: Path) -> Callable[[str], bytes]:
         answer = {
             "device_id": "swapped",
+            "generation": 1,
             "amqps_url": "amqps://localhost:1/devices",
             "api_url": "https://localhost:1",
             "audience": {"mq": "restante/mq/local", "api": "restante/api"},
