@@ -16,6 +16,7 @@ from api.settings import Settings
 from fabric.amqp.connection import Link
 from fabric.amqp.consumer import Consumer
 from fabric.amqp.declarer import declare_topology
+from fabric.amqp.mending import mend_streams
 from fabric.mail import Postman, Republisher
 from fabric.management import ManagementClient
 from fabric.sql import open_store
@@ -54,6 +55,7 @@ async def _serve(settings: Settings) -> None:
 
     async def prepare(link: Link) -> None:
         await declare_topology(link)
+        await mend_streams(link)
         for policy in layout.POLICIES:
             await admin.put_policy(policy)
         came_back.set()

@@ -1,5 +1,6 @@
 """The README's commands, run as a stranger would: in a copy of the checkout, one block after the other."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from tests.harness.stack import eventually
+from topology import access, layout
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -86,6 +88,16 @@ def test_every_command_explains_itself(words: list[str]) -> None:
     done = subprocess.run([program, *words[1:], "--help"], capture_output=True, timeout=30, check=False)
     assert done.returncode == 0
     assert done.stdout.startswith(b"usage:")
+
+
+def test_the_topology_is_shown_as_it_is_declared() -> None:
+    program = Path(sys.prefix) / "bin" / "restante"
+    done = subprocess.run([program, "topology", "show", "--json"], capture_output=True, timeout=30, check=True)
+    shown = json.loads(done.stdout)
+    assert {queue["name"] for queue in shown["queues"]} == {*(queue.name for queue in layout.QUEUES), "mailbox.DEVICE"}
+    assert {account["name"] for account in shown["accounts"]} == {account.name for account in access.ACCOUNTS}
+    plain = subprocess.run([program, "topology", "show"], capture_output=True, timeout=30, check=True).stdout.decode()
+    assert all(exchange.name in plain for exchange in layout.EXCHANGES)
 
 
 @pytest.mark.parametrize(
