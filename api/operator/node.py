@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from api.operator import doors
 from api.operator.broker_files import LOOPBACK, Ports, definitions, local_configuration
 from api.operator.processes import Child, MissingToolError, enclosed, end_marked, marked
 from api.operator.secrets import account_password, private_directory, replace_private, secret
@@ -153,6 +154,7 @@ class BrokerNode:
             self._write_files()
             self._start_processes()
             self._wait_until_it_answers(time.monotonic() + timeout)
+            self._check_doors()
         except MissingToolError as error:
             self.stop()
             raise NodeError(str(error)) from error
@@ -378,6 +380,12 @@ class BrokerNode:
                     raise NodeError(f"The broker's {what} did not answer in time.\n{self.log_tail()}")
                 time.sleep(0.05)
         self._log(f"the broker answers: AMQPS on {self._host}:{ports.amqps}")
+
+    def _check_doors(self) -> None:
+        try:
+            doors.check(LOOPBACK, self.amqp_port, self.management_port, self.password(ADMIN))
+        except doors.DoorOpen as error:
+            raise NodeError(f"The broker is not used, since {error}.") from error
 
 
 def _open_files() -> int:

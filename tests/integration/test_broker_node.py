@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import pika
 import psutil
 import pytest
@@ -530,3 +531,15 @@ def test_a_node_of_an_old_broker_does_not_start(make: Make, tmp_path: Path) -> N
     old = Binaries((4, 1, 9), Path("/none/rabbitmq-server"), Path("/none/epmd"))
     with pytest.raises(NodeError, match=r"^RabbitMQ 4\.1\.9 is too old, 4\.2\.6 or newer is needed\.$"):
         make(tmp_path, binaries=old).start()
+
+
+def test_a_broker_with_a_user_that_is_not_ours_is_not_used(make: Make, tmp_path: Path) -> None:
+    own = make(tmp_path / "state")
+    own.start()
+    credentials = (access.ADMIN, own.password(access.ADMIN))
+    with httpx.Client(base_url=f"http://127.0.0.1:{own.management_port}", auth=credentials, timeout=10) as http:
+        http.put("/api/users/guest", json={"password": "guest", "tags": "administrator"}).raise_for_status()
+    own.stop()
+    with pytest.raises(NodeError, match="users guest, which are not ours"):
+        own.start()
+    assert not own.running
