@@ -93,7 +93,7 @@ def running_broker(directory: Path, configuration: str = "") -> Iterator[Broker]
         yield Broker(node, state, binaries)
 
 
-async def eventually(condition: Callable[[], object], timeout: float = 10.0) -> None:
+async def eventually(condition: Callable[[], object], timeout: float = 30.0) -> None:
     """Return once the condition holds.
 
     Raises:

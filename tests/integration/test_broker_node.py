@@ -448,11 +448,14 @@ def test_what_a_killed_runner_left_is_ended_by_the_next_start(
     node = make(tmp_path / "state")
     # A process that the kernel did not end with its parent, and that ignores the polite request.
     marked = {"RESTANTE_BROKER": str(node._home), "PATH": os.environ["PATH"]}
-    left = subprocess.Popen(["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"], env=marked)
+    deaf = "trap '' TERM; echo deaf; while :; do sleep 0.1; done"
+    left = subprocess.Popen(["sh", "-c", deaf], env=marked, stdout=subprocess.PIPE)
     other = {"RESTANTE_BROKER": f"{node._home}-2", "PATH": os.environ["PATH"]}
     foreign = subprocess.Popen(["sleep", "600"], env=other)
     try:
-        until(lambda: len(processes(node)) > 0)
+        assert left.stdout is not None
+        assert left.stdout.readline() == b"deaf\n"
+        assert len(processes(node)) > 0
         monkeypatch.setattr(node_module, "_STOP_TIMEOUT", 0.5)  # seconds
         node._acquire()
         assert left.wait(10) == -signal.SIGKILL
@@ -461,6 +464,8 @@ def test_what_a_killed_runner_left_is_ended_by_the_next_start(
         for process in (left, foreign):
             process.kill()
             process.wait()
+        if left.stdout is not None:
+            left.stdout.close()
 
 
 # --- Which broker ---------------------------------------------------------------------------------------------------
