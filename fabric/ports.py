@@ -32,7 +32,7 @@ from topology.wire import Message
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message as it came, and the one way to settle it. `device_stamp` etc. are in the message."""
+    """A message as it came, and the one way to settle it. `offset` is its place in a stream."""
 
     message: Message
     exchange: str

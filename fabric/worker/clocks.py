@@ -92,6 +92,8 @@ class Closures:
     async def run_once(self) -> bool:
         now = asyncio.get_running_loop().time()
         open_closures = await self._registry.closures(BATCH)
+        ours = {id for id, _ in open_closures}
+        self._swept = {id: swept for id, swept in self._swept.items() if id in ours}  # others: done by another worker
         for id, device in open_closures:
             since, sweeps = self._swept.get(id, (now, 0))
             if now - since < SWEEPS[sweeps]:
