@@ -11,6 +11,7 @@ from topology import names
 WORKER = "fabric.worker"
 GATEWAY = "fabric.gateway"
 ADMIN = "fabric.admin"
+BACKEND = "backend.reader"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +29,21 @@ ACCOUNTS = (
     # Declares the topology, publishes mail, reads every report, answers at direct reply-to addresses
     # (which takes write on the default exchange).
     Account(WORKER, (), configure=".*", write=".*", read=".*"),
-    # Publishes mail and telemetry, declares mailboxes, binds its own wake queue, reads streams.
+    # Publishes mail and telemetry, declares mailboxes, asks workers to close connections, binds its own wake
+    # queue, reads streams. Wake-ups need no more than the right to write `wake`, which only it and the worker have;
+    # what is asked on `control` and answered on `wake` says from which of the two it comes.
     Account(
         GATEWAY,
         (),
         configure=r"^(mailbox\..*|wake\..*)$",
-        write=r"^(mail|notices|uplink|wake|wake\..*|mailbox\..*)$",
+        write=r"^(mail|notices|uplink|control|wake|wake\..*|mailbox\..*)$",
         read=r"^(mail|notices|wake|wake\..*|mailbox\..*|telemetry|events)$",
     ),
     # The broker's administrator: connections, policies. Used over the management API by the worker
     # only, and touches no message.
     Account(ADMIN, ("administrator",), configure="^$", write="^$", read="^$"),
+    # Reads the streams, each of its connections at an offset of its own; writes nothing, so it answers nobody.
+    Account(BACKEND, (), configure="^$", write="^$", read=r"^(telemetry|events)$"),
 )
 
 FABRIC_ACCOUNTS = frozenset({WORKER, GATEWAY})

@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 CODE_BYTES = 16
@@ -16,6 +17,9 @@ _TICKET_BYTES = CODE_BYTES + _DIGEST_BYTES
 
 DEVICE_TOKEN_TYPE = "restante-device+jwt"  # noqa: S105 - a media type, not a secret
 PROOF_TYPE = "restante-enroll+jwt"
+KEY_PROOF_TYPE = "restante-key+jwt"
+KEYS_TYPE = "restante-keys+jwt"
+AUTHORITIES_TYPE = "restante-authorities+jwt"
 ALGORITHM = "ES256"
 
 MAX_TOKEN_BYTES = 3 * 1024  # of a password or bearer token: it must fit AMQP's login frame
@@ -23,6 +27,15 @@ AMQP_TOKEN_LIFE = 120  # seconds at most
 HTTP_TOKEN_LIFE = 600  # seconds at most
 CLOCK_LEEWAY = 60  # seconds
 PROOF_LIFE = 300  # seconds either way that a proof's `iat` may differ
+MAX_SIGNING_KEYS = 16  # of the fabric, for one purpose, that count at once
+MAX_ANNOUNCEMENTS = 8  # of changes of the keys that sign commands; a device that missed more is enrolled again
+MAX_ANNOUNCEMENT = 4 * 1024  # characters: as many keys as may be, in a JWS
+MAX_AUTHORITIES = 2  # that a device is pinned to: the present one, and the one before or after it
+MAX_AUTHORITY = 1536  # bytes of a certificate in DER that can be announced
+MAX_AUTHORITIES_NEWS = 6 * 1024  # characters: two of these in a JWS
+
+
+_THUMBPRINT = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
 
 
 class BadTicket(ValueError):
@@ -94,6 +107,16 @@ def thumbprint(jwk: dict[str, str]) -> str:
     members = {name: jwk[name] for name in ("crv", "kty", "x", "y")}  # in the order of the RFC
     canonical = json.dumps(members, separators=(",", ":"))
     return base64.urlsafe_b64encode(hashlib.sha256(canonical.encode()).digest()).rstrip(b"=").decode()
+
+
+def authority_id(der: bytes) -> str:
+    """base64url(SHA-256(certificate's DER)): how an announcement names the authority that signs it."""
+    return base64.urlsafe_b64encode(hashlib.sha256(der).digest()).rstrip(b"=").decode()
+
+
+def is_thumbprint(text: str) -> bool:
+    """Is it of the form that `thumbprint` gives?"""
+    return _THUMBPRINT.fullmatch(text) is not None
 
 
 def _base32(raw: bytes) -> str:

@@ -13,6 +13,7 @@ from topology import names
 Scalar = str | int | bool
 
 DEFAULT_BACKLOG = 50  # commands a device may have waiting
+LARGEST_BACKLOG = 250  # that a device may be given
 NOTIFICATION_ALLOWANCE = 100  # notifications beside them
 LONGEST_WAIT = 7 * 24 * 3600 * 1000  # ms: the longest `ttl` of any mail
 SHARED_QUEUE_LIMIT = 500_000  # messages; bounds what a stopped worker can leave on the broker
@@ -80,6 +81,7 @@ EXCHANGES = (
     Exchange(names.UPLINK, "topic"),
     Exchange(names.RETURNED, "topic"),
     Exchange(names.WAKE, "fanout"),
+    Exchange(names.CONTROL, "direct"),
 )
 
 QUEUES = (
@@ -90,6 +92,22 @@ QUEUES = (
     Queue(
         names.CLAIMS,
         {"x-queue-type": "classic", "x-message-ttl": 10_000, "x-max-length": 10_000, "x-overflow": "reject-publish"},
+    ),
+    # A gateway waits for a closure two seconds or so, and leaves it to the ledger then.
+    Queue(
+        names.CLOSURES,
+        {"x-queue-type": "classic", "x-message-ttl": 5_000, "x-max-length": 10_000, "x-overflow": "reject-publish"},
+    ),
+    # Beginnings and ends of connections, which only make sense in their order. What a stopped worker misses for longer
+    # is in the broker's listing.
+    Queue(
+        names.SESSIONS,
+        {
+            "x-queue-type": "classic",
+            "x-single-active-consumer": True,
+            "x-message-ttl": 60_000,
+            "x-max-length": 50_000,
+        },
     ),
     _stream(names.TELEMETRY, 1_000_000_000, "7D"),
     _stream(names.EVENTS, 500_000_000, "7D"),
@@ -103,21 +121,31 @@ BINDINGS = (
     Binding(names.UPLINK, names.INQUIRIES, "inquiry.*.#"),
     Binding(names.UPLINK, names.TELEMETRY, "telemetry.*.#"),
     Binding(names.RETURNED, names.RETURNED, "#"),
+    Binding(names.CONTROL, names.CLOSURES, names.CLOSURES),
+    Binding(names.BROKER_EVENTS, names.SESSIONS, names.OPENED),
+    Binding(names.BROKER_EVENTS, names.SESSIONS, names.CLOSED),
 )
 
-MAILBOX_POLICY = Policy(
-    "mailbox",
-    r"^mailbox\.",
-    "classic_queues",
-    {
-        "message-ttl": LONGEST_WAIT,
-        "dead-letter-exchange": names.RETURNED,
-        "max-length": 4 * DEFAULT_BACKLOG + NOTIFICATION_ALLOWANCE,
-        "overflow": "reject-publish-dlx",
-    },
-)
 
-POLICIES = (MAILBOX_POLICY,)
+def policies(largest_backlog: int) -> tuple[Policy, ...]:
+    """The policies, where no mailbox may hold more than `largest_backlog` commands.
+
+    The ledger keeps each device to its own limit; the broker's is the last resort, with room for copies that
+    were published again. (It doesn't count what is unacked.)
+    """
+    return (
+        Policy(
+            "mailbox",
+            r"^mailbox\.",
+            "classic_queues",
+            {
+                "message-ttl": LONGEST_WAIT,
+                "dead-letter-exchange": names.RETURNED,
+                "max-length": 4 * largest_backlog + NOTIFICATION_ALLOWANCE,
+                "overflow": "reject-publish-dlx",
+            },
+        ),
+    )
 
 
 MAILBOX = Queue("", {"x-queue-type": "classic", "x-single-active-consumer": True})

@@ -18,12 +18,19 @@ NOTICES = "notices"
 UPLINK = "uplink"
 RETURNED = "returned"
 WAKE = "wake"
+CONTROL = "control"
 
 REPORTS = "reports"
 CLAIMS = "claims"
 INQUIRIES = "inquiries"
 TELEMETRY = "telemetry"
 EVENTS = "events"
+CLOSURES = "closures"
+
+SESSIONS = "sessions"
+
+BROKER_EVENTS = "amq.rabbitmq.event"  # the event exchange of the broker's plugin
+OPENED, CLOSED = "connection.created", "connection.closed"  # its keys
 
 DIRECT_REPLY_TO = "amq.rabbitmq.reply-to"
 

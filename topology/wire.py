@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from topology import guard, names
+from topology import enrollment, guard, names
 
 VERSION = "1.0"
 JSON = "application/json"
@@ -27,7 +27,7 @@ _CONTENT_TYPE = re.compile(
     r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+(?:; ?[A-Za-z0-9!#$&^_.+-]+=[A-Za-z0-9!#$&^_.+-]+)*", re.ASCII
 )
 _AGENT = re.compile(r"[A-Za-z0-9_-]{8,64}", re.ASCII)
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
 Header = str | int | bool
 OutcomeStatus = Literal["succeeded", "failed", "rejected"]
@@ -123,20 +123,28 @@ class ClaimAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
+    """`keys_version` is that of the keys for commands that the agent knows (`enrollment.KEYS_TYPE`),
+    `authorities_version` that of the authorities that it is pinned to (`enrollment.AUTHORITIES_TYPE`)."""
+
     correlation: str
     agent: str
     agent_version: str
     at: int
+    keys_version: int = 0
+    authorities_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The answer to a hello: the fabric's time (epoch ms), its incarnation and its contract version."""
+    """The answer to a hello: the fabric's time (epoch ms), its incarnation and its contract version; and the news of
+    the keys that sign commands, and of the authorities, JWS's in their order, for who knows an earlier version."""
 
     correlation: str
     time: int
     incarnation: str
     contract: str
+    keys: tuple[str, ...] = ()
+    authorities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +342,14 @@ def decode_claim_answer(message: Message) -> ClaimAnswer:
 def encode_hello(hello: Hello, device: names.DeviceId) -> Message:
     return Message(
         "hello",
-        {"v": VERSION, "at": hello.at, "agent": hello.agent, "agent-version": hello.agent_version},
+        {
+            "v": VERSION,
+            "at": hello.at,
+            "agent": hello.agent,
+            "agent-version": hello.agent_version,
+            "keys-version": hello.keys_version,
+            "authorities-version": hello.authorities_version,
+        },
         correlation_id=hello.correlation,
         reply_to=names.DIRECT_REPLY_TO,
         user_id=device,
@@ -346,11 +361,24 @@ def decode_hello(message: Message) -> Hello:
     """Raises `Malformed` (or `Unsupported`)."""
     _expect(message, "hello")
     get = _Reader(message.headers)
-    return Hello(_correlation(message), get.agent(), get.text("agent-version", 64), get.whole("at"))
+    return Hello(
+        _correlation(message),
+        get.agent(),
+        get.text("agent-version", 64),
+        get.whole("at"),
+        get.whole("keys-version") if "keys-version" in message.headers else 0,
+        get.whole("authorities-version") if "authorities-version" in message.headers else 0,
+    )
 
 
 def encode_welcome(welcome: Welcome) -> Message:
-    body = {"time": welcome.time, "incarnation": welcome.incarnation, "contract": welcome.contract}
+    body = {
+        "time": welcome.time,
+        "incarnation": welcome.incarnation,
+        "contract": welcome.contract,
+        "keys": welcome.keys,
+        "authorities": welcome.authorities,
+    }
     return Message(
         "welcome",
         {"v": VERSION, "at": welcome.time},
@@ -368,7 +396,10 @@ def decode_welcome(message: Message) -> Welcome:
     incarnation, contract = body.get("incarnation"), body.get("contract")
     if not isinstance(incarnation, str) or not isinstance(contract, str):
         raise Malformed("a welcome has texts 'incarnation' and 'contract'")
-    return Welcome(_correlation(message), _whole(body.get("time"), "time"), incarnation[:64], contract[:16])
+    keys = _news(body, "keys", enrollment.MAX_ANNOUNCEMENT)
+    authorities = _news(body, "authorities", enrollment.MAX_AUTHORITIES_NEWS)
+    time = _whole(body.get("time"), "time")
+    return Welcome(_correlation(message), time, incarnation[:64], contract[:16], keys, authorities)
 
 
 def encode_reading(reading: Reading, user_id: str) -> Message:
@@ -401,8 +432,17 @@ def is_content_type(text: str) -> bool:
 
 
 def is_traceparent(text: str) -> bool:
-    """W3C Trace Context, `traceparent`."""
+    """W3C Trace Context, section 3.2: `traceparent` of version 00, its ids not all zeros."""
     return _TRACEPARENT.fullmatch(text) is not None
+
+
+def _news(body: Mapping[str, object], name: str, longest: int) -> tuple[str, ...]:
+    told = body.get(name, [])
+    if not isinstance(told, list) or len(told) > enrollment.MAX_ANNOUNCEMENTS:
+        raise Malformed(f"a welcome's '{name}' are a list of {enrollment.MAX_ANNOUNCEMENTS} texts at most")
+    if not all(isinstance(text, str) and len(text) <= longest for text in told):
+        raise Malformed(f"a welcome's '{name}' are texts of {longest} characters at most")
+    return tuple(told)
 
 
 class _Reader:
