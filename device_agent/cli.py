@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from device_agent import control, enroll, errors, identity, journal, log, publishing
+from device_agent import control, enroll, errors, identity, journal, log, publishing, rotation
 from device_agent.agent import DEFAULT_STATE_DIR, Agent
 from topology import wire
 
@@ -105,6 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--content-type", default=wire.JSON, metavar="TYPE", help=f"default {wire.JSON}, which is checked")
     one.set_defaults(function=_publish)
 
+    one = commands.add_parser(
+        "rotate-key",
+        parents=[common],
+        help="replace this device's key by a new one",
+        description="Make a new key on this device, have it registered with the present one, and use it from the next"
+        " connection on. The old key stays good beside it, unless it is dropped. Safe to repeat if interrupted.",
+    )
+    one.add_argument(
+        "--drop-old",
+        action="store_true",
+        help="make the keys before it good for nothing; connections are closed, and come back with the new key",
+    )
+    one.set_defaults(function=_rotate_key)
+
     one = commands.add_parser("status", parents=[common], help="say who this device is and how it is doing")
     one.add_argument("--json", action="store_true", help="for programs")
     one.set_defaults(function=_status)
@@ -115,6 +129,14 @@ def _enroll(arguments: argparse.Namespace) -> int:
     known = enroll.enroll(arguments.state_dir, arguments.api_url, _ticket(arguments.ticket_file))
     peering = known.peering
     print(f"enrolled as {known.device}, key {known.key.kid}, broker {peering.amqps_host}:{peering.amqps_port}")
+    return 0
+
+
+def _rotate_key(arguments: argparse.Namespace) -> int:
+    done = rotation.rotate(arguments.state_dir, drop_old=arguments.drop_old)
+    print(f"the key is now {done.kid}")
+    for kid in done.dropped:
+        print(f"dropped {kid}")
     return 0
 
 

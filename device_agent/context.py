@@ -27,6 +27,11 @@ class Context:
         return self.command.issuer
 
     @property
+    def traceparent(self) -> str | None:
+        """W3C Trace Context, if the issuer sent one."""
+        return self.command.traceparent
+
+    @property
     def response_timeout(self) -> float:
         return self.command.response_timeout / 1000
 

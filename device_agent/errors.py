@@ -63,10 +63,28 @@ class EnrollmentRefused(AgentError):
     code = "enrollment-refused"
 
 
+class RotationRefused(AgentError):
+    """The service did not take the new key, or did not drop the old one. The present key is as good as before."""
+
+    code = "rotation-refused"
+
+
 class BadAnswer(AgentError):
     """The service answered something outside the contract."""
 
     code = "bad-answer"
+
+
+class KeysRefused(AgentError):
+    """What was said of the keys that sign commands is not to be believed. The keys stay as they were."""
+
+    code = "keys-refused"
+
+
+class AuthoritiesRefused(AgentError):
+    """What was said of the authorities is not to be believed. The pins stay as they were."""
+
+    code = "authorities-refused"
 
 
 class NotEnrolled(AgentError):

@@ -72,6 +72,8 @@ class _Executable:
             "RESTANTE_DEVICE": context.device,
             "RESTANTE_CONTENT_TYPE": context.content_type,
         }
+        if context.traceparent is not None:
+            environment["TRACEPARENT"] = context.traceparent
         try:
             process = subprocess.Popen(  # noqa: S603 - a checked file, and nothing from outside in argv
                 [str(self.path)],

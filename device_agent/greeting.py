@@ -1,4 +1,5 @@
-"""Hello: how the agent learns the fabric's time and whether it is still the same fabric. On the I/O thread."""
+"""Hello: how the agent learns the fabric's time, whether it is still the same fabric, what keys sign its commands, and
+which authorities vouch for it. On the I/O thread."""
 
 import asyncio
 import secrets
@@ -8,6 +9,7 @@ from device_agent import log
 from device_agent.clock import FabricClock
 from device_agent.journal import Journal
 from device_agent.link import Link
+from device_agent.timekeeping import Times
 from topology import names, wire
 
 ASK_AGAIN = 5.0  # seconds without an answer
@@ -17,7 +19,8 @@ REFRESH = 60.0  # seconds between hellos that keep the clock fresh
 class Greeter:
     """Says hello on every connection until it is answered, then once a minute.
 
-    `welcomed(new_fabric)` is called with each answer.
+    `welcomed(new_fabric)` is called with each answer; before it `learn`, when there is news after `versions()`, of the
+    keys and of the authorities that are known.
     """
 
     def __init__(
@@ -25,28 +28,33 @@ class Greeter:
         link: Link,
         journal: Journal,
         clock: FabricClock,
+        times: Times,
         device: names.DeviceId,
         version: str,
+        versions: Callable[[], tuple[int, int]],
+        learn: Callable[[wire.Welcome], None],
         welcomed: Callable[[bool], None],
     ) -> None:
         self._link = link
         self._journal = journal
         self._clock = clock
+        self._times = times
         self._device = device
         self._version = version
+        self._versions = versions
+        self._learn = learn
         self._welcomed = welcomed
         self._asked: tuple[str, float] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._unanswered = 0
-        self._floor = journal.last_fabric_time()
 
     def now(self) -> int:
-        """The best known time in epoch ms: the fabric's, else this machine's but not before the last known."""
-        return self._clock.now_or(self._floor)
+        """The best known time in epoch ms."""
+        return self._times.now()
 
     def link_up(self) -> None:
         self._unanswered = 0
-        self._ask()
+        self.ask()
 
     def link_down(self) -> None:
         self._asked = None
@@ -70,13 +78,16 @@ class Greeter:
         if changed:
             self._journal.meet(welcome.incarnation)
             log.info("fabric.met" if known is None else "fabric.changed", incarnation=welcome.incarnation)
-        self._floor = max(self._floor, welcome.time)
+        self._times.reached(welcome.time)
         self._journal.store_fabric_time(welcome.time)
+        if welcome.keys or welcome.authorities:
+            self._learn(welcome)
         self._welcomed(changed)
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
+        """Say hello now; an answer to an earlier one counts no more."""
         correlation = secrets.token_hex(8)
-        hello = wire.Hello(correlation, self._journal.agent, self._version, self.now())
+        hello = wire.Hello(correlation, self._journal.agent, self._version, self.now(), *self._versions())
         self._asked = (correlation, self._clock.boot())
         self._link.publish(names.hello_key(self._device), wire.encode_hello(hello, self._device), None)
         self._unanswered += 1
@@ -87,4 +98,4 @@ class Greeter:
     def _again_in(self, delay: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if delay is None else self._link.later(delay, self._ask)
+        self._timer = None if delay is None else self._link.later(delay, self.ask)

@@ -1,13 +1,14 @@
 """Who this device is: its key, which never leaves it, and the one service it is peered with.
 
-State directory: `device.key` (P-256, made here), `peering.json` (what enrollment answered) and
-`authority.pem` (the pinned authority). All three are 0600.
+State directory: `device.key` (P-256, made here) and `peering.json` (what enrollment answered, and the pinned
+authorities); while keys are rotated `device.key.next`. All are 0600.
 """
 
 import base64
 import json
 import secrets
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,19 +18,22 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from device_agent import errors, files
+from device_agent import errors, files, pins, trust
+from device_agent.pins import Pins
+from device_agent.trust import Trust
 from topology import enrollment, names, wire
 
 KEY_FILE = "device.key"
+NEXT_KEY_FILE = "device.key.next"
 PEERING_FILE = "peering.json"
-AUTHORITY_FILE = "authority.pem"
 _KEPT = ("device_id", "generation", "amqps_url", "api_url", "audience", "signing_keys")
+_PINS = "authorities"
 _ES256 = ECAlgorithm(ECAlgorithm.SHA256)
 
 
 @dataclass(frozen=True, slots=True)
 class Peering:
-    """The service this device belongs to; `signing_keys` maps kid to the public keys that sign commands.
+    """The service this device belongs to; `signing_keys` are the keys whose commands it believes.
 
     `generation` is the device's: the commands of an earlier one were meant for whoever held the name before.
     """
@@ -42,7 +46,7 @@ class Peering:
     api_url: str
     mq_audience: str
     api_audience: str
-    signing_keys: dict[str, ec.EllipticCurvePublicKey]
+    signing_keys: Trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class DeviceKey:
 class Identity:
     key: DeviceKey
     peering: Peering
-    authority_pem: str
+    pins: Pins
 
     @property
     def device(self) -> names.DeviceId:
@@ -69,9 +73,10 @@ class Identity:
     def api_token(self, now_ms: int) -> str:
         return self._token(self.peering.api_audience, now_ms, enrollment.HTTP_TOKEN_LIFE)
 
-    def verify(self, command: wire.Command) -> bool:
-        """Was this command signed by the service, for this generation of this device, exactly as it is?"""
-        key = self.peering.signing_keys.get(command.sig_kid)
+    def verify(self, command: wire.Command, now_ms: int) -> bool:
+        """Was this command signed by the service, for this generation of this device, exactly as it is? `now_ms` is
+        the fabric's time."""
+        key = self.peering.signing_keys.key(command.sig_kid, now_ms)
         if key is None or command.generation != self.peering.generation:
             return False
         try:
@@ -104,22 +109,23 @@ def load(state_dir: Path) -> Identity:
     try:
         key = load_key(state_dir)
         raw = files.read_private(state_dir / PEERING_FILE)
-        authority = files.read_private(state_dir / AUTHORITY_FILE).decode("ascii", "replace")
     except FileNotFoundError as error:
         raise errors.NotEnrolled(
             f"{state_dir} holds no enrolled device; run `restante-agent enroll` with a ticket first"
         ) from error
     try:
         kept = json.loads(raw)
-        if isinstance(kept, dict) and "generation" not in kept:
-            raise errors.StateRefused(
-                f"{state_dir / PEERING_FILE} does not say the device's generation: an earlier version of the agent made"
-                " it. Run `restante-agent enroll` with a new ticket; the key and the journal are kept"
-            )
+        for name, what in (("generation", "the device's generation"), (_PINS, "the authorities that it is pinned to")):
+            if isinstance(kept, dict) and name not in kept:
+                raise errors.StateRefused(
+                    f"{state_dir / PEERING_FILE} does not say {what}: an earlier version of the agent made it."
+                    " Run `restante-agent enroll` with a new ticket; the key and the journal are kept"
+                )
         peering = parse_peering(kept)
+        pinned = pins.parse(kept[_PINS])
     except (ValueError, errors.BadAnswer) as error:
         raise errors.StateRefused(f"{state_dir / PEERING_FILE} is damaged ({error}); enroll again") from error
-    return Identity(key, peering, authority)
+    return Identity(key, peering, pinned)
 
 
 def enrolled_device(state_dir: Path) -> str | None:
@@ -136,9 +142,9 @@ def enrolled_device(state_dir: Path) -> str | None:
     return device if isinstance(device, str) else None
 
 
-def load_key(state_dir: Path) -> DeviceKey:
+def load_key(state_dir: Path, name: str = KEY_FILE) -> DeviceKey:
     """Raises `FileNotFoundError` or `errors.StateRefused`."""
-    path = state_dir / KEY_FILE
+    path = state_dir / name
     content = files.read_private(path)
     try:
         private = serialization.load_pem_private_key(content, password=None)
@@ -151,10 +157,10 @@ def load_key(state_dir: Path) -> DeviceKey:
     return _device_key(private)
 
 
-def make_key(state_dir: Path) -> DeviceKey:
+def make_key(state_dir: Path, name: str = KEY_FILE) -> DeviceKey:
     """The key of this directory, made now if there is none yet. Of two who make one at once, both get the same."""
     try:
-        return load_key(state_dir)
+        return load_key(state_dir, name)
     except FileNotFoundError:
         pass
     private = ec.generate_private_key(ec.SECP256R1())
@@ -162,16 +168,69 @@ def make_key(state_dir: Path) -> DeviceKey:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     try:
-        files.write_private(state_dir / KEY_FILE, pem, new=True)
+        files.write_private(state_dir / name, pem, new=True)
     except FileExistsError:
-        return load_key(state_dir)
+        return load_key(state_dir, name)
     return _device_key(private)
 
 
-def store_peering(state_dir: Path, answer: dict[str, Any], authority_pem: str) -> None:
-    """Keep what enrollment answered. The authority comes first: a peering never lacks its pin."""
-    files.write_private(state_dir / AUTHORITY_FILE, authority_pem.encode("ascii"))
-    kept = {name: answer[name] for name in _KEPT}
+def switch_keys(state_dir: Path) -> None:
+    """Put the next key in the place of the present one, at once and durably."""
+    (state_dir / NEXT_KEY_FILE).replace(state_dir / KEY_FILE)
+    files.sync_directory(state_dir)
+
+
+def store_peering(state_dir: Path, answer: dict[str, Any], pinned: Pins) -> None:
+    """Keep what enrollment answered, and the pins with which it was asked."""
+    with files.alone_in(state_dir):
+        _write(state_dir, {name: answer[name] for name in _KEPT} | {_PINS: pinned.document()})
+
+
+def learn(state_dir: Path, announcements: Sequence[str], now_ms: int) -> Identity:
+    """Follow the announcements from the signing keys in the file, keep what they lead to, and return the identity with
+    it.
+
+    Raises:
+        errors.KeysRefused: they are not to be believed.
+        errors.NotEnrolled, errors.StateRefused: the identity can't be read or kept.
+    """
+
+    def followed(present: Identity) -> Identity:
+        keys = present.peering.signing_keys.follow(announcements, now_ms)
+        return replace(present, peering=replace(present.peering, signing_keys=keys))
+
+    return _learnt(state_dir, followed)
+
+
+def learn_authorities(state_dir: Path, announcements: Sequence[str], now_ms: int) -> Identity:
+    """The same for the authorities that this device is pinned to.
+
+    Raises:
+        errors.AuthoritiesRefused: they are not to be believed.
+        errors.NotEnrolled, errors.StateRefused: the identity can't be read or kept.
+    """
+    return _learnt(state_dir, lambda present: replace(present, pins=present.pins.follow(announcements, now_ms)))
+
+
+def _learnt(state_dir: Path, followed: Callable[[Identity], Identity]) -> Identity:
+    try:
+        with files.alone_in(state_dir):
+            present = load(state_dir)
+            after = followed(present)
+            if _versions(after) != _versions(present):
+                kept = json.loads(files.read_private(state_dir / PEERING_FILE))
+                keys, pinned = after.peering.signing_keys.document(), after.pins.document()
+                _write(state_dir, kept | {"signing_keys": keys, _PINS: pinned})
+    except OSError as error:
+        raise errors.StateRefused(f"what was learnt can't be kept in {state_dir}: {error.strerror}") from error
+    return after
+
+
+def _versions(who: Identity) -> tuple[int, int]:
+    return who.peering.signing_keys.version, who.pins.version
+
+
+def _write(state_dir: Path, kept: dict[str, Any]) -> None:
     files.write_private(state_dir / PEERING_FILE, json.dumps(kept, indent=1).encode())
 
 
@@ -202,7 +261,7 @@ def parse_peering(answer: object) -> Peering:
         api_url=_text(answer, "api_url"),
         mq_audience=_text(audience, "mq"),
         api_audience=_text(audience, "api"),
-        signing_keys=_signing_keys(answer.get("signing_keys")),
+        signing_keys=trust.parse(answer.get("signing_keys")),
     )
 
 
@@ -210,25 +269,6 @@ def _device_key(private: ec.EllipticCurvePrivateKey) -> DeviceKey:
     full = ECAlgorithm.to_jwk(private.public_key(), as_dict=True)
     jwk = {name: str(full[name]) for name in ("crv", "kty", "x", "y")}
     return DeviceKey(private, jwk, enrollment.thumbprint(jwk))
-
-
-def _signing_keys(value: object) -> dict[str, ec.EllipticCurvePublicKey]:
-    listed = value.get("keys") if isinstance(value, dict) else None
-    if not isinstance(listed, list) or not 1 <= len(listed) <= 100:
-        raise errors.BadAnswer("'signing_keys' is not a JWK set")
-    keys: dict[str, ec.EllipticCurvePublicKey] = {}
-    for jwk in listed:
-        try:
-            key = _ES256.from_jwk(jwk)
-            kid = str(jwk.get("kid") or enrollment.thumbprint(jwk))
-        except (jwt.InvalidKeyError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise errors.BadAnswer("'signing_keys' holds something that is no P-256 public key") from error
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise errors.BadAnswer("'signing_keys' holds a private key")
-        if not isinstance(key.curve, ec.SECP256R1):
-            raise errors.BadAnswer("'signing_keys' holds a key of another curve than P-256")
-        keys[kid] = key
-    return keys
 
 
 def _amqps(url: str) -> tuple[str, int, str]:

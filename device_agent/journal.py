@@ -6,6 +6,9 @@ report. Used from one thread.
 
 The journal is made complete under another name and then renamed: whatever has its name and can't be read
 is damage, and a reason not to start. A new one in its place would let a command run a second time.
+
+A copy is a journal of its own: what one agent picks up is not in the other's. So it gets an agent id of its
+own, and the fabric, which grants a command to one agent, can tell the two apart.
 """
 
 import json
@@ -17,9 +20,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from hashlib import sha256
 from pathlib import Path
 
-from device_agent import errors, files
+from device_agent import errors, files, log
 from topology import names, wire
 
 FILE = "journal.db"
@@ -27,6 +31,8 @@ MAX_ENTRIES = 10_000
 MAX_OUTCOME_BYTES = 64 * 1024 * 1024  # of retained outcomes, so that a small disk never fills up
 EVICT_MARGIN = 60_000  # ms past `not-after` before an entry may go, whatever the clock's error was
 _FORMAT = 1  # `user_version`; another one is refused
+# What tells two machines apart that were made from one image, as far as a machine has it.
+_MACHINE = (Path("/etc/machine-id"), Path("/proc/device-tree/serial-number"))
 
 _SCHEMA = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -45,15 +51,22 @@ CREATE INDEX entry_age ON entry (not_after) WHERE state NOT IN ('started', 'done
 PRAGMA user_version = {_FORMAT};
 """
 
+_WORD = "command, status, reason, body, content_type, at, started_at"
+
 
 class State(StrEnum):
-    """`started` → `done` → `reported`; or `refused` (a claim), or `doubt` (interrupted, nobody knows)."""
+    """`started` → `done` → `reported`; or `refused` (a claim); or `doubt` (interrupted, nobody knows) → `told`."""
 
     STARTED = "started"
     DONE = "done"
     REPORTED = "reported"
     REFUSED = "refused"
     DOUBT = "doubt"
+    TOLD = "told"
+
+
+# What is told of a command once its handler started: how it ended, or, of one in doubt, no more than that it did.
+Word = wire.Outcome | wire.Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,8 @@ class Journal:
             self._write_reported()
             self._db.execute(
                 "DELETE FROM entry WHERE command IN (SELECT command FROM entry"
-                " WHERE state NOT IN ('started', 'done') AND not_after < ? ORDER BY not_after LIMIT ?)",
+                " WHERE state NOT IN ('started', 'done') AND state <> 'doubt' AND not_after < ?"
+                " ORDER BY not_after LIMIT ?)",
                 (now - EVICT_MARGIN, max(MAX_ENTRIES // 10, 1)),
             )
         with self._translated():
@@ -141,7 +155,7 @@ class Journal:
             self._db.executemany("UPDATE entry SET state = 'doubt' WHERE command = ?", [(one,) for one in commands])
 
     def reported(self, command: names.CommandId) -> None:
-        """Remember, with a later write, that the outcome was confirmed."""
+        """Remember, with a later write, that what is told of it was confirmed."""
         self._reported.append(command)
 
     def flush(self) -> None:
@@ -161,35 +175,37 @@ class Journal:
             for row in rows
         ]
 
-    def unreported(self, limit: int, besides: Iterable[names.CommandId] = ()) -> list[wire.Outcome]:
-        """Outcomes that were never confirmed, oldest first."""
+    def unreported(self, limit: int, besides: Iterable[names.CommandId] = ()) -> list[Word]:
+        """What was never confirmed, newest first: what has just ended must not wait behind what is only said again."""
         skip = set(besides) | set(self._reported)
         with self._translated():
             rows = self._db.execute(
-                "SELECT command, status, reason, body, content_type, at FROM entry"
-                " WHERE state = 'done' ORDER BY at, command LIMIT ?",
+                f"SELECT {_WORD} FROM entry WHERE state IN ('done', 'doubt')"  # noqa: S608 - a constant
+                " ORDER BY coalesce(at, started_at) DESC, command DESC LIMIT ?",
                 (limit + len(skip),),
             ).fetchall()
-        return [self._outcome(row) for row in rows if row[0] not in skip][:limit]
+        return [self._word(row) for row in rows if row[0] not in skip][:limit]
 
-    def outcome(self, command: names.CommandId) -> wire.Outcome | None:
-        """The retained outcome of a command, reported or not."""
+    def word(self, command: names.CommandId) -> Word | None:
+        """What is told of a command, confirmed or not; None while it runs, or if it never started."""
         with self._translated():
             row = self._db.execute(
-                "SELECT command, status, reason, body, content_type, at FROM entry"
-                " WHERE command = ? AND state IN ('done', 'reported')",
+                f"SELECT {_WORD} FROM entry"  # noqa: S608 - a constant
+                " WHERE command = ? AND state IN ('done', 'reported', 'doubt', 'told')",
                 (command,),
             ).fetchone()
-        return None if row is None else self._outcome(row)
+        return None if row is None else self._word(row)
 
     def incarnation(self) -> str | None:
         with self._translated():
             return self._meta("incarnation")
 
     def meet(self, incarnation: str) -> None:
-        """Another fabric: every retained outcome is unreported again, in the same commit as its name."""
+        """Another fabric: whatever was told is unreported again, in the same commit as its name."""
         with self._transaction():
-            self._db.execute("UPDATE entry SET state = 'done' WHERE state = 'reported'")
+            self._db.execute(
+                "UPDATE entry SET state = iif(state = 'told', 'doubt', 'done') WHERE state IN ('reported', 'told')"
+            )
             self._put("incarnation", incarnation)
 
     def last_fabric_time(self) -> int:
@@ -231,11 +247,16 @@ class Journal:
         if self._reported:
             marks, self._reported = self._reported, []
             self._db.executemany(
-                "UPDATE entry SET state = 'reported' WHERE command = ? AND state = 'done'", [(one,) for one in marks]
+                "UPDATE entry SET state = iif(state = 'doubt', 'told', 'reported')"
+                " WHERE command = ? AND state IN ('done', 'doubt')",
+                [(one,) for one in marks],
             )
 
-    def _outcome(self, row: tuple[str, wire.OutcomeStatus, str | None, bytes, str, int]) -> wire.Outcome:
-        return wire.Outcome(names.CommandId(row[0]), self.agent, row[1], row[2], row[3], row[4], row[5])
+    def _word(self, row: tuple[str, wire.OutcomeStatus | None, str | None, bytes, str, int, int]) -> Word:
+        command, status, reason, body, content_type, at, started_at = row
+        if status is None:
+            return wire.Receipt(names.CommandId(command), self.agent, "running", started_at)
+        return wire.Outcome(names.CommandId(command), self.agent, status, reason, body, content_type, at)
 
     def _meta(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
@@ -287,6 +308,7 @@ def open_journal(state_dir: Path) -> Journal:
             _check(connection, path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            _settle(connection, path)
             return Journal(connection, path)
         except BaseException:
             connection.close()
@@ -329,6 +351,21 @@ def _create(path: Path) -> None:
     os.link(temporary, path)
     temporary.unlink()
     files.sync_directory(path.parent)
+
+
+def _settle(connection: sqlite3.Connection, path: Path) -> None:
+    """Give the journal another agent id if it is not where it was made: then it was copied."""
+    machine = b"".join(source.read_bytes() for source in _MACHINE if source.is_file())
+    place = sha256(b"%d %b" % (path.stat().st_ino, machine)).hexdigest()
+    known = connection.execute("SELECT value FROM meta WHERE name = 'place'").fetchone()
+    if known is not None and known[0] == place:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    if known is not None:
+        connection.execute("UPDATE meta SET value = ? WHERE name = 'agent'", (secrets.token_urlsafe(18),))
+        log.warning("journal.copied", path=path, because="it was made elsewhere; this agent has a new id")
+    connection.execute("INSERT OR REPLACE INTO meta VALUES ('place', ?)", (place,))
+    connection.execute("COMMIT")
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

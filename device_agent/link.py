@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from pika import exceptions, spec
 from device_agent import errors, log, tls
 from device_agent.guard import GuardedConnection
 from device_agent.identity import Identity
+from device_agent.timekeeping import Asker, Times
 from topology import names, wire
 
 MAX_UNCONFIRMED = 500  # publishes in flight; beyond, `publish` says no
@@ -63,12 +64,23 @@ class Listener(Protocol):
 class Link:
     """Connects for ever, with full-jitter back-off and a new token each time, until stopped."""
 
-    def __init__(self, identity: Identity, now: Callable[[], int], listener: Listener) -> None:
-        """`now` is the best known time in epoch ms, for tokens."""
+    def __init__(
+        self,
+        identity: Identity,
+        renew: Callable[[], Identity],
+        follow: Callable[[Sequence[str]], object],
+        times: Times,
+        listener: Listener,
+    ) -> None:
+        """`renew` reads the identity again before each connection: its key and pins may be others by then. `follow` is
+        told, on another thread, what the authority's successors are said to be."""
         self._identity = identity
-        self._now = now
+        self._renew = renew
+        self._times = times
         self._listener = listener
-        self._context = tls.pinned(identity.authority_pem)
+        self._authority = identity.pins.pem(times.floor())
+        self._context = tls.pinned(self._authority, times.floor)
+        self._asker = Asker(identity.peering.api_url, times, follow)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="restante-io", daemon=True)
         self._connection: GuardedConnection | None = None
@@ -121,7 +133,7 @@ class Link:
             return False
         self._unconfirmed[self._next_tag] = done or _ignore
         self._next_tag += 1
-        self._uplink.basic_publish(names.UPLINK, key, message.body, to_properties(message))
+        self._uplink.basic_publish(names.UPLINK, key, message.body, to_properties(message), mandatory=done is not None)
         return True
 
     def open_mailbox(self, prefetch: int) -> None:
@@ -182,12 +194,13 @@ class Link:
     def _connect(self) -> None:
         if self._stopping:
             return
+        self._look_at_identity()
         peering = self._identity.peering
         parameters = pika.ConnectionParameters(
             host=peering.amqps_host,
             port=peering.amqps_port,
             virtual_host=peering.vhost,
-            credentials=pika.PlainCredentials(self._identity.device, self._identity.amqp_token(self._now())),
+            credentials=pika.PlainCredentials(self._identity.device, self._identity.amqp_token(self._times.now())),
             ssl_options=pika.SSLOptions(self._context, peering.amqps_host),
             heartbeat=HEARTBEAT,
             channel_max=2,
@@ -206,6 +219,19 @@ class Link:
             custom_ioloop=self._loop,
         )
 
+    def _look_at_identity(self) -> None:
+        try:
+            renewed = self._renew()
+        except errors.AgentError as error:
+            log.warning("identity.unreadable", because=str(error))
+            return
+        if renewed.key.kid != self._identity.key.kid:
+            log.info("identity.new-key", key=renewed.key.kid)
+        self._identity = renewed
+        authority = renewed.pins.pem(self._times.floor())
+        if authority != self._authority:
+            self._authority, self._context = authority, tls.pinned(authority, self._times.floor)
+
     def _open_uplink(self, epoch: int) -> None:
         if epoch == self._epoch and self._connection is not None:
             self._connection.add_on_connection_blocked_callback(lambda *_: log.warning("link.blocked"))
@@ -219,6 +245,7 @@ class Link:
         channel.add_on_close_callback(lambda _, reason: self._channel_closed(reason, epoch))
         channel.add_on_cancel_callback(lambda _: self.reset("the reply consumer was cancelled"))
         channel.confirm_delivery(self._confirmed)
+        channel.add_on_return_callback(lambda *_: self._returned())
         channel.basic_consume(
             names.DIRECT_REPLY_TO, self._answered, auto_ack=True, callback=lambda _: self._is_up(epoch)
         )
@@ -257,6 +284,19 @@ class Link:
             if done is not None:
                 done(isinstance(method, spec.Basic.Ack))
 
+    def _returned(self) -> None:
+        """The broker has no queue for what was said, as when it is just being made again: it confirms all the same.
+
+        A return doesn't tell the publish's number, so everything unconfirmed is given back, to be said again.
+        """
+        log.warning("link.returned", unconfirmed=len(self._unconfirmed))
+        self._give_back()
+
+    def _give_back(self) -> None:
+        pending, self._unconfirmed = self._unconfirmed, {}
+        for done in pending.values():
+            done(False)
+
     def _channel_closed(self, reason: BaseException, epoch: int) -> None:
         if epoch != self._epoch or isinstance(reason, exceptions.ChannelClosedByClient):
             return
@@ -277,9 +317,7 @@ class Link:
         was_up = self._up_since
         self._up_since = None
         self._connection = self._uplink = self._mailbox = None
-        pending, self._unconfirmed = self._unconfirmed, {}
-        for done in pending.values():
-            done(False)
+        self._give_back()
         if was_up is not None:
             self._listener.link_down()
             if time.monotonic() - was_up >= STABLE_AFTER:
@@ -289,6 +327,7 @@ class Link:
             return
         peering = self._identity.peering
         self.last_error = _translate(error, peering.amqps_host, peering.amqps_port)
+        self._asker.consider(self.last_error, self._authority)
         delay = backoff(self._failures, random.random())  # noqa: S311 - jitter
         level = logging.WARNING if was_up is not None or self._failures == 0 else logging.DEBUG
         log.event(level, "link.down", code=self.last_error.code, because=str(self.last_error), retry_in=delay)

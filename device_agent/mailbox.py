@@ -5,6 +5,7 @@ is on its way (the grant is the pick-up, so no more is claimed than can start).
 """
 
 import asyncio
+import math
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from device_agent.journal import Interrupted, Journal
 from device_agent.link import Link, Mail
 from device_agent.reports import Reporter
 from device_agent.runner import Runner
-from topology import guard, names, wire
+from topology import enrollment, guard, names, wire
 
 CLAIM_AGAIN = 5.0  # seconds without an answer
+ASK_EVERY = 1.0  # seconds between questions about key ids, whoever makes them up
 FULL_AGAIN = 10.0  # seconds until a full or failing journal is tried again
 PROGRESS_EVERY = 1.0  # seconds: the latest text is sent, the ones between are dropped
 
@@ -55,21 +57,27 @@ class Mailbox:
         journal: Journal,
         clock: FabricClock,
         reporter: Reporter,
+        ask: Callable[[], None],
         runner: Runner,
         sources: list[handlers.Source],
         slots: int,
     ) -> None:
-        """`renew` reads the identity again, which may have changed since; it raises `errors.AgentError`."""
+        """`renew` reads the identity again, which may have changed since; it raises `errors.AgentError`. `ask` asks
+        the fabric for news, until `welcomed` is called."""
         self._identity = identity
         self._renew = renew
         self._link = link
         self._journal = journal
         self._clock = clock
         self._reporter = reporter
+        self._ask = ask
         self._runner = runner
         self._sources = sources
         self._slots = slots
         self._waiting: deque[_Waiting] = deque()  # bounded by the prefetch
+        self._strange: list[_Waiting] = []  # signed by unknown keys, until there is news; bounded by the prefetch
+        self._strangers = pickup.Strangers()
+        self._asked = -math.inf  # boot time in ms
         self._claiming: dict[names.CommandId, _Waiting] = {}
         self._claims: dict[str, tuple[names.CommandId, ...]] = {}
         self._in_hand: dict[names.CommandId, _InHand] = {}
@@ -96,7 +104,12 @@ class Mailbox:
             self._recovered = True
             self._recover()
         self._link.open_mailbox(prefetch=self._slots + 2)
+        self._look_again()
         self._pump()
+
+    def trust(self, identity: Identity) -> None:
+        """The keys that sign commands are others now."""
+        self._identity = identity
 
     def link_up(self) -> None:
         for held in (held for held in self._in_hand.values() if not held.ended):
@@ -105,6 +118,7 @@ class Mailbox:
     def link_down(self) -> None:
         # The broker has requeued all of it; it comes again, marked as redelivered.
         self._waiting.clear()
+        self._strange.clear()
         self._claiming.clear()
         self._claims.clear()
 
@@ -125,17 +139,19 @@ class Mailbox:
             except wire.Malformed as error:
                 self._junk(mail, error)
                 return
-            if not self._verified(command):
+            if self._verified(command):
+                self._waiting.append(_Waiting(mail, command))
+                self._pump()
+            elif self._may_be_new(command.sig_kid):
+                self._put_by(_Waiting(mail, command))
+            else:
                 self._unsigned(mail, command)
-                return
-            self._waiting.append(_Waiting(mail, command))
-            self._pump()
         else:
             log.info("mail.other", type=message.type, id=message.message_id, subject=message.headers.get("subject"))
             self._link.ack(mail)
 
     def _verified(self, command: wire.Command) -> bool:
-        if self._identity.verify(command):
+        if self._identity.verify(command, self._now()):
             return True
         if command.generation <= self._identity.peering.generation:
             return False
@@ -145,11 +161,37 @@ class Mailbox:
         except errors.AgentError as error:
             log.warning("identity.unreadable", because=str(error))
             return False
-        if renewed.device != self._identity.device or not renewed.verify(command):
+        if renewed.device != self._identity.device or not renewed.verify(command, self._now()):
             return False
         log.info("identity.renewed", generation=renewed.peering.generation)
         self._identity = renewed
         return True
+
+    def _may_be_new(self, kid: str) -> bool:
+        """Is this the id of a key that the fabric may have begun to sign with, for all we know?"""
+        known = kid in self._identity.peering.signing_keys.keys
+        return not known and enrollment.is_thumbprint(kid) and not self._strangers.has(kid, self._clock.boot())
+
+    def _put_by(self, waiting: _Waiting) -> None:
+        self._strange.append(waiting)
+        if len(self._strange) == 1:
+            due = self._asked + ASK_EVERY * 1000 - self._clock.boot()
+            self._link.later(max(due, 0.0) / 1000, self._ask_about)
+
+    def _ask_about(self) -> None:
+        if self._strange:
+            self._asked = self._clock.boot()
+            self._ask()
+
+    def _look_again(self) -> None:
+        """Judge what was put by, after the news that there is."""
+        strange, self._strange = self._strange, []
+        for waiting in strange:
+            if self._verified(waiting.command):
+                self._waiting.append(waiting)
+            else:
+                self._strangers.add(waiting.command.sig_kid, self._clock.boot())
+                self._unsigned(waiting.mail, waiting.command)
 
     def claim_answered(self, message: wire.Message) -> None:
         """Raises `wire.Malformed`."""
@@ -219,12 +261,12 @@ class Mailbox:
                 return True
             case pickup.Answer(reason):
                 self._reject(waiting, reason)
-            case pickup.Duplicate(resend):
+            case pickup.Duplicate():
                 self._link.ack(mail)
                 log.debug("mail.duplicate", command=command.id, attempt=command.attempt)
-                outcome = self._journal.outcome(command.id) if resend else None
-                if outcome is not None:
-                    self._reporter.outcome(outcome)
+                word = self._journal.word(command.id)
+                if word is not None:
+                    self._reporter.kept(word)
         return False
 
     def _start(self, command: wire.Command, job: Job, mail: Mail | None) -> None:
@@ -265,7 +307,7 @@ class Mailbox:
             self._reporter.unkept(outcome)
             self._pause("the journal can't be written")
         else:
-            self._reporter.outcome(outcome)
+            self._reporter.kept(outcome)
         self._pump()
 
     def _refused(self, waiting: _Waiting, reason: str) -> None:
@@ -289,7 +331,7 @@ class Mailbox:
         self._journal.reject(waiting.command, outcome)
         self._link.ack(waiting.mail)
         log.info("command.rejected", command=waiting.command.id, name=waiting.command.name, reason=reason)
-        self._reporter.outcome(outcome)
+        self._reporter.kept(outcome)
 
     def _junk(self, mail: Mail, error: wire.Malformed) -> None:
         answer = pickup.junk(mail.message.message_id, error)
@@ -319,7 +361,7 @@ class Mailbox:
         return (
             command in self._in_hand
             or command in self._claiming
-            or any(command == waiting.command.id for waiting in self._waiting)
+            or any(command == waiting.command.id for waiting in (*self._waiting, *self._strange))
         )
 
     def _claim(self, commands: tuple[names.CommandId, ...]) -> None:
@@ -348,7 +390,11 @@ class Mailbox:
         self._pump()
 
     def _recover(self) -> None:
-        """Settle what a crash left behind: run again, fail, or stay silent."""
+        """Settle what a crash left behind: run again, fail, or say no more than that it started.
+
+        The receipt may not have left before the crash, and without it the fabric would announce `expired`, which
+        says that the handler never started.
+        """
         doubtful: list[names.CommandId] = []
         for entry in self._journal.interrupted():
             match pickup.after_crash(entry, now=self._now()):
@@ -361,6 +407,7 @@ class Mailbox:
                     log.warning("command.in-doubt", command=entry.command, name=entry.name)
         if doubtful:
             self._journal.doubt(doubtful)
+            self._reporter.again()
 
     def _run_again(self, entry: Interrupted) -> None:
         decision = pickup.after_crash(entry, now=self._now())  # it may have waited for a slot
@@ -379,7 +426,7 @@ class Mailbox:
         outcome = self._outcome(entry.command, "failed", handlers.cap(reason))
         self._journal.finish(outcome)
         log.warning("command.interrupted", command=entry.command, name=entry.name)
-        self._reporter.outcome(outcome)
+        self._reporter.kept(outcome)
 
     def _bind(self, command: wire.Command) -> tuple[Job | None, str | None]:
         try:

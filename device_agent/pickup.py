@@ -5,13 +5,16 @@ The shell (`mailbox`) does what is decided here, in the order that rule 1 demand
 
 from dataclasses import dataclass
 
-from device_agent.journal import Entry, Interrupted, State
+from device_agent.journal import Entry, Interrupted
 from topology import names, wire
 
 STALE_AFTER = 2_000  # ms: fresh mail is not claimed, so that live traffic pays nothing
 MAX_RERUNS = 3  # of an idempotent handler after crashes
 MAX_DENIED = 1_000  # answers about unverified mail that are remembered
 DOUBT_FOR = 60_000  # ms in which all mail is claimed after such an answer had to be forgotten
+
+MAX_STRANGERS = 100  # ids of unknown keys that are remembered
+STRANGE_FOR = 60_000  # ms in which the fabric is not asked again about such an id
 
 EXPIRED = "expired"
 MALFORMED = "malformed"
@@ -50,9 +53,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """Ack; it is in the journal already. `resend`: its outcome is known and is said again."""
-
-    resend: bool
+    """Ack; it is in the journal already. A last word about it is said again: the fabric may not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """Say nothing about an interrupted command: nobody knows what it did."""
+    """Say no more about an interrupted command than that it started: nobody knows what it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,22 @@ class Denied:
         return now < self._doubt_until
 
 
+class Strangers:
+    """The ids of keys that the fabric had no news of when it was asked. Bounded, since whoever can put mail here makes
+    up as many as it likes. Times are of any one clock, in ms."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def add(self, kid: str, now: float) -> None:
+        if len(self._until) >= MAX_STRANGERS:
+            del self._until[next(iter(self._until))]  # the oldest
+        self._until[kid] = now + STRANGE_FOR
+
+    def has(self, kid: str, now: float) -> bool:
+        return now < self._until.get(kid, now)
+
+
 def decide(
     command: wire.Command,
     *,
@@ -124,7 +141,7 @@ def decide(
         now: the fabric's time.
     """
     if entry is not None:
-        return Duplicate(resend=entry.state in (State.DONE, State.REPORTED))
+        return Duplicate()
     if denied is not None:
         return Answer(denied)
     if now >= command.not_after:

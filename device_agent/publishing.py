@@ -1,7 +1,7 @@
 """One-off publishing, for programs beside the agent: through the running agent if there is one, else over a
 short connection of its own."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from typing import Protocol
 
 from device_agent import clock, control, errors, guard, identity, journal, telemetry
 from device_agent.link import Link, Mail
+from device_agent.timekeeping import Times
 from topology import wire
 
 TIMEOUT = 30.0  # seconds for the connection and for each confirm
@@ -76,9 +77,10 @@ class _OwnLink:
         guard.check()
         who = identity.load(state_dir)
         counts = journal.read_counts(state_dir)
-        self._floor = counts[1] if counts else 0
+        self._times = Times(clock.FabricClock(), counts[1] if counts else 0)
+        self._state_dir = state_dir
         wakes = _Wakes(Future())
-        self._link = Link(who, self._now, wakes)
+        self._link = Link(who, lambda: identity.load(state_dir), self._follow, self._times, wakes)
         self._telemetry = telemetry.Telemetry(self._link, who.device)
         wakes.buffer = self._telemetry
         self._link.start()
@@ -89,8 +91,11 @@ class _OwnLink:
             self.close()
             raise error or errors.Unreachable(f"the broker did not answer within {TIMEOUT:g} s") from None
 
+    def _follow(self, announcements: Sequence[str]) -> None:
+        identity.learn_authorities(self._state_dir, announcements, self._times.floor())
+
     def publish(self, channel: str, body: bytes, content_type: str, at: int | None) -> None:
-        confirmed = self._telemetry.offer(channel, body, content_type, self._now() if at is None else at)
+        confirmed = self._telemetry.offer(channel, body, content_type, self._times.now() if at is None else at)
         try:
             confirmed.result(TIMEOUT)
         except FutureTimeoutError:
@@ -101,6 +106,3 @@ class _OwnLink:
     def close(self) -> None:
         self._link.call(self._link.stop)
         self._link.join(5)
-
-    def _now(self) -> int:
-        return clock.FabricClock().now_or(self._floor)

@@ -1,4 +1,7 @@
-"""Receipts and outcomes on their way to the fabric: an outcome is sent until the broker confirms it.
+"""Receipts and outcomes on their way to the fabric: the last word about a command is sent until the broker confirms it.
+
+That is its outcome, or, of one that a crash interrupted, the receipt which says that it started: without that a fabric
+that lost the first one would go on saying that the handler never ran.
 
 The journal is the queue; only what is in flight is in memory. Runs on the I/O thread.
 """
@@ -7,11 +10,13 @@ import random
 from collections import deque
 
 from device_agent import log
-from device_agent.journal import Journal
+from device_agent.journal import Journal, Word
 from device_agent.link import Link
 from topology import names, wire
 
-WINDOW = 100  # outcomes in flight
+WINDOW = 100  # words in flight
+BURST = 500  # words sent from the journal in one go: the fabric takes 1,000 reports of a device at once
+PACE = 40  # a second from then on, of the 50 that it takes
 MAX_PASSING = 500  # answers about mail that is in no journal (junk): kept in memory only
 RETRY_BASE = 0.2  # seconds: bound of the first delay after a nack, doubled with each in a row
 RETRY_MAX = 10.0  # seconds
@@ -31,6 +36,8 @@ class Reporter:
         self._nacks = 0
         self._retry_pending = False
         self._flush_pending = False
+        self._allowed = BURST
+        self._pausing = False
 
     @property
     def idle(self) -> bool:
@@ -42,22 +49,22 @@ class Reporter:
         self.pump()
 
     def early(self, outcome: wire.Outcome) -> None:
-        """Send an outcome that is about to be in the journal, if that is possible now; `outcome` must follow."""
-        if not self._backlog and len(self._in_flight) < WINDOW:
+        """Send an outcome that is about to be in the journal, if that is possible now; `kept` must follow."""
+        if self._passes():
             self._publish(outcome, journaled=True)
 
     def unkept(self, outcome: wire.Outcome) -> None:
-        """Instead of `outcome`, when the journal could not take it: it is sent from memory, if it was not yet."""
+        """Instead of `kept`, when the journal could not take it: it is sent from memory, if it was not yet."""
         if outcome.command not in self._in_flight:
             self.passing(outcome)
 
-    def outcome(self, outcome: wire.Outcome) -> None:
-        """Send an outcome that is in the journal, unless it is on its way."""
-        if outcome.command in self._in_flight:
+    def kept(self, word: Word) -> None:
+        """Send what is in the journal, unless it is on its way."""
+        if word.command in self._in_flight:
             return
-        if self._backlog or len(self._in_flight) >= WINDOW:
+        if not self._passes():
             self._backlog = True
-        elif not self._publish(outcome, journaled=True):
+        elif not self._publish(word, journaled=True):
             self._backlog = True
             self._retry()
 
@@ -75,7 +82,7 @@ class Reporter:
         self._link.publish(names.receipt_key(self._device), wire.encode_receipt(receipt, self._device), None)
 
     def again(self) -> None:
-        """Look at the journal again: outcomes in it may have become unreported."""
+        """Look at the journal again: what is in it may have become unreported."""
         self._backlog = True
         self.pump()
 
@@ -87,29 +94,53 @@ class Reporter:
             self._passing.popleft()
         if not self._backlog or not self._link.up or self._retry_pending:
             return
-        room = WINDOW - len(self._in_flight)
+        if not self._allowed:
+            self._pause()
+        room = min(WINDOW - len(self._in_flight), self._allowed)
         if room <= 0:
             return
         waiting = self._journal.unreported(room, self._in_flight)
         self._backlog = len(waiting) == room
-        for outcome in waiting:
-            if not self._publish(outcome, journaled=True):
+        for word in waiting:
+            if not self._publish(word, journaled=True):
                 self._backlog = True
                 self._retry()
                 return
+            self._allowed -= 1
+        if not self._backlog:
+            self._allowed = BURST
+        elif not self._allowed:
+            self._pause()
 
-    def _publish(self, outcome: wire.Outcome, *, journaled: bool) -> bool:
+    def _passes(self) -> bool:
+        """May a new outcome go at once? Not past others that wait, unless those are held back for their number."""
+        return (not self._backlog or self._pausing) and len(self._in_flight) < WINDOW
+
+    def _pause(self) -> None:
+        if not self._pausing:
+            self._pausing = True
+            self._link.later(1.0, self._resume)
+
+    def _resume(self) -> None:
+        self._pausing = False
+        self._allowed = PACE
+        self.pump()
+
+    def _publish(self, word: Word, *, journaled: bool) -> bool:
         def done(confirmed: bool) -> None:
             if journaled:
-                self._settled(outcome.command, confirmed)
-            elif not confirmed and len(self._passing) < MAX_PASSING:
-                self._passing.append(outcome)
+                self._settled(word.command, confirmed)
+            elif isinstance(word, wire.Outcome) and not confirmed and len(self._passing) < MAX_PASSING:
+                self._passing.append(word)
                 self._retry()
 
-        message = wire.encode_outcome(outcome, self._device)
-        sent = self._link.publish(names.outcome_key(self._device), message, done)
+        if isinstance(word, wire.Outcome):
+            key, message = names.outcome_key(self._device), wire.encode_outcome(word, self._device)
+        else:
+            key, message = names.receipt_key(self._device), wire.encode_receipt(word, self._device)
+        sent = self._link.publish(key, message, done)
         if sent and journaled:
-            self._in_flight.add(outcome.command)
+            self._in_flight.add(word.command)
         return sent
 
     def _settled(self, command: names.CommandId, confirmed: bool) -> None:

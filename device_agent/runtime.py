@@ -1,10 +1,11 @@
 """A running agent: its parts put together, started, and stopped in order."""
 
 import fcntl
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from device_agent.mailbox import Mailbox
 from device_agent.reports import Reporter
 from device_agent.runner import Runner
 from device_agent.system import SystemReporter
+from device_agent.timekeeping import Times
 from topology import wire
 
 T = TypeVar("T")
@@ -59,6 +61,7 @@ class Runtime:
         sources: list[handlers.Source] = [python]
         if settings.commands_dir is not None:
             sources.append(Executables(settings.commands_dir))
+        self._state_dir = settings.state_dir
         self._lock = _lock(settings.state_dir)
         try:
             self._journal = journal.open_journal(settings.state_dir)
@@ -67,8 +70,19 @@ class Runtime:
             raise
         device = self._identity.device
         self._clock = clock.FabricClock()
-        self._link = Link(self._identity, self._now, self)
-        self._greeter = Greeter(self._link, self._journal, self._clock, device, version(), self._welcomed)
+        self._times = Times(self._clock, self._journal.last_fabric_time())
+        self._link = Link(self._identity, lambda: identity.load(settings.state_dir), self._follow, self._times, self)
+        self._greeter = Greeter(
+            self._link,
+            self._journal,
+            self._clock,
+            self._times,
+            device,
+            version(),
+            lambda: (self._identity.peering.signing_keys.version, self._identity.pins.version),
+            self._learn,
+            self._welcomed,
+        )
         self._reporter = Reporter(self._link, self._journal, device)
         self._runner = Runner(settings.slots, python)
         self._telemetry = telemetry.Telemetry(self._link, device)
@@ -79,6 +93,7 @@ class Runtime:
             journal=self._journal,
             clock=self._clock,
             reporter=self._reporter,
+            ask=self._greeter.ask,
             runner=self._runner,
             sources=sources,
             slots=settings.slots,
@@ -89,6 +104,7 @@ class Runtime:
             if settings.system_interval > 0
             else None
         )
+        self._keys_refused = self._authorities_refused = False
         self._stop_asked = threading.Event()
         self._ended = False
 
@@ -171,8 +187,36 @@ class Runtime:
         except errors.JournalRefused as error:
             self._mailbox.journal_failed(error)
 
-    def _now(self) -> int:
-        return self._greeter.now()
+    def _learn(self, welcome: wire.Welcome) -> None:
+        if welcome.keys:
+            self._learn_keys(welcome.keys)
+        if welcome.authorities:
+            try:
+                self._identity = self._follow(welcome.authorities)
+            except errors.AgentError as error:
+                level = logging.DEBUG if self._authorities_refused else logging.ERROR
+                log.event(level, "authorities.refused", code=error.code, because=str(error))
+                self._authorities_refused = True
+            else:
+                self._authorities_refused = False
+
+    def _learn_keys(self, announcements: Sequence[str]) -> None:
+        try:
+            self._identity = identity.learn(self._state_dir, announcements, self._clock.now_or(0))
+        except errors.AgentError as error:
+            level = logging.DEBUG if self._keys_refused else logging.ERROR
+            log.event(level, "keys.refused", code=error.code, because=str(error))
+            self._keys_refused = True
+            return
+        self._keys_refused = False
+        log.info("keys.learnt", version=self._identity.peering.signing_keys.version)
+        self._mailbox.trust(self._identity)
+
+    def _follow(self, announcements: Sequence[str]) -> identity.Identity:
+        """From any thread: the next connection is made with the pins in the file. Raises `errors.AgentError`."""
+        learnt = identity.learn_authorities(self._state_dir, announcements, self._times.floor())
+        log.info("authorities.learnt", version=learnt.pins.version)
+        return learnt
 
     def _welcomed(self, changed: bool) -> None:
         if changed:

@@ -1,6 +1,11 @@
-"""TLS as this agent speaks it: one pinned authority and nothing else, host name checked, 1.2 or newer."""
+"""TLS as this agent speaks it: the pinned authorities and nothing else, host name checked, 1.2 or newer.
+
+A certificate's times are checked here, not by OpenSSL, which knows no other clock than the machine's.
+"""
 
 import ssl
+from collections.abc import Callable
+from typing import Any
 
 from device_agent import errors
 
@@ -11,13 +16,58 @@ _WRONG_HOST = {62, 63, 64}
 _WRONG_AUTHORITY = {2, 7, 18, 19, 20, 21, 24, 25, 26, 30, 47, 48}
 
 
-def pinned(authority_pem: str) -> ssl.SSLContext:
-    """A client context that trusts exactly this authority: no system store, no environment.
+# OpenSSL's X509_V_FLAG_NO_CHECK_TIME: all else of a chain is checked.
+_NO_CHECK_TIME = 0x200000
+
+Validity = tuple[int, int]
+"""From when to when, in epoch ms."""
+
+
+class _Socket(ssl.SSLSocket):
+    """Ends the handshake of a `Pinned` context's connection with the check of the times: before it, nothing is sent."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        super().do_handshake(block)
+        context = self.context
+        assert isinstance(context, Pinned)  # noqa: S101 - it made this socket
+        context.met(self.getpeercert())
+
+
+class Pinned(ssl.SSLContext):
+    """A client context that trusts exactly the pinned authorities; made by `pinned`."""
+
+    sslsocket_class = _Socket
+
+    floor: Callable[[], int] | None = None
+    """Epoch ms against which times are checked; None: they are not."""
+
+    validity: Validity = (0, 0)
+    """When the certificate of the last connection, and its authority, are both valid."""
+
+    def met(self, certificate: dict[str, Any] | None) -> None:
+        """Raises `ssl.SSLCertVerificationError`, like OpenSSL itself."""
+        shown, trusted = certificate or {}, self.get_ca_certs()
+        issuers = [each for each in trusted if each["subject"] == shown.get("issuer")]
+        times = [_validity(each) for each in (shown, *(issuers or trusted))]
+        self.validity = max(first for first, _ in times), min(last for _, last in times)
+        if self.floor is not None and (code := _outside(self.validity, self.floor())):
+            error = ssl.SSLCertVerificationError(ssl.SSL_ERROR_SSL, "the certificate is outside its times")
+            error.verify_code, error.verify_message = code, str(error)
+            raise error
+
+
+def pinned(authority_pem: str, floor: Callable[[], int] | None) -> Pinned:
+    """A client context that trusts exactly the authorities in this PEM text: no system store, no environment.
+
+    Args:
+        floor: the time, in epoch ms, that certificates must be valid at; None for the one question that asks for it.
 
     Raises:
         errors.BadAnswer: the text is no certificate.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = Pinned(ssl.PROTOCOL_TLS_CLIENT)
+    context.floor = floor
+    context.verify_flags |= _NO_CHECK_TIME
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_mode = ssl.CERT_REQUIRED
     context.check_hostname = True
@@ -37,13 +87,19 @@ def unverified() -> ssl.SSLContext:
     return context
 
 
+def check_times(validity: Validity, at: int, host: str, port: int) -> None:
+    """Raises `errors.CertificateExpired` or `errors.CertificateNotYetValid`."""
+    if code := _outside(validity, at):
+        raise _of_code(code, "", f"{host}:{port}", host)
+
+
 def translate(error: BaseException, host: str, port: int) -> errors.AgentError:
     """What a failed connection means, in words and as a type: the same for HTTPS and AMQPS."""
     where = f"{host}:{port}"
     if isinstance(error, errors.AgentError):
         return error
     if isinstance(error, ssl.SSLCertVerificationError):
-        return _refused_certificate(error, where, host)
+        return _of_code(error.verify_code, error.verify_message, where, host)
     if isinstance(error, ssl.SSLError):
         return errors.Unreachable(
             f"TLS with {where} failed ({error.reason or error}); check that this port speaks TLS 1.2 or newer"
@@ -57,8 +113,19 @@ def translate(error: BaseException, host: str, port: int) -> errors.AgentError:
     return errors.Unreachable(f"the connection to {where} failed ({type(error).__name__}: {error})")
 
 
-def _refused_certificate(error: ssl.SSLCertVerificationError, where: str, host: str) -> errors.AgentError:
-    code = error.verify_code
+def _validity(certificate: dict[str, Any]) -> Validity:
+    first, last = (ssl.cert_time_to_seconds(certificate[name]) * 1000 for name in ("notBefore", "notAfter"))
+    return first, last
+
+
+def _outside(validity: Validity, at: int) -> int:
+    """OpenSSL's code for a time outside these; 0 within."""
+    if at < validity[0]:
+        return min(_NOT_YET_VALID)
+    return min(_EXPIRED) if at > validity[1] else 0
+
+
+def _of_code(code: int, message: str, where: str, host: str) -> errors.AgentError:
     if code in _EXPIRED:
         return errors.CertificateExpired(
             f"the certificate of {where} has expired; it has to be renewed there"
@@ -79,4 +146,4 @@ def _refused_certificate(error: ssl.SSLCertVerificationError, where: str, host: 
             " this is another service or an interception: nothing was sent."
             " If the authority was replaced, enroll again with a new ticket"
         )
-    return errors.PeerNotTrusted(f"the certificate of {where} is refused: {error.verify_message}")
+    return errors.PeerNotTrusted(f"the certificate of {where} is refused: {message}")
