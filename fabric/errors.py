@@ -23,6 +23,18 @@ class LedgerUnavailable(Temporary):
     code = "ledger-unavailable"
 
 
+class ProviderUnavailable(Temporary):
+    """The keys of an external identity provider can't be had, so that its tokens can't be verified."""
+
+    code = "provider-unavailable"
+
+
+class NotLogged(Temporary):
+    """What was revoked is revoked, and not yet in the revocation log: a backup restored now would undo it."""
+
+    code = "not-logged"
+
+
 class PublishFailed(Temporary):
     """A publish whose fate is unknown (time-out, lost channel) or that the broker refused (nack)."""
 
@@ -71,3 +83,29 @@ class TooManyRequests(FabricError):
     def __init__(self, text: str, retry_after: float) -> None:
         super().__init__(text)
         self.retry_after = retry_after
+
+
+class KeyReused(FabricError):
+    """An idempotency key that stands for another request."""
+
+    code = "key-reused"
+
+
+class BacklogFull(FabricError):
+    """As many copies may be in the mailbox as its limit allows. `retry_after` is seconds until one is gone."""
+
+    code = "backlog-full"
+
+    def __init__(self, text: str, depth: int, limit: int, oldest_age: float, retry_after: float) -> None:
+        super().__init__(text)
+        self.depth, self.limit, self.oldest_age, self.retry_after = depth, limit, oldest_age, retry_after
+
+
+class TooLate(FabricError):
+    """A command that can't be withdrawn any more; `state` says why."""
+
+    code = "too-late"
+
+    def __init__(self, text: str, state: str) -> None:
+        super().__init__(text)
+        self.state = state

@@ -9,7 +9,11 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from fabric import presence
+from fabric.audit import Action, Deed, Entry
 from fabric.command import Command, Micros, State
+from fabric.identity.admission import Admission
+from fabric.identity.meters import Limits, Meter
 from fabric.model import (
     Device,
     DeviceKey,
@@ -20,9 +24,11 @@ from fabric.model import (
     Mailbox,
     QuarantineRow,
     Result,
+    RevokedTokens,
     TimelineRow,
     Write,
 )
+from fabric.presence import Listed, Session
 from topology.layout import Binding, Policy, Queue
 from topology.names import CommandId, DeviceId
 from topology.wire import Message
@@ -42,6 +48,12 @@ class Delivery:
     offset: int | None = None
 
 
+class PublishAll(Protocol):
+    async def __call__(self, messages: Sequence[Message], timeout: float = 5.0) -> None:
+        """Return once the broker has confirmed all. Raises `PublishFailed`: the fate of some is unknown."""
+        ...
+
+
 class Publisher(Protocol):
     """Publishes persistent, confirmed messages over a connection of its own."""
 
@@ -53,6 +65,15 @@ class Publisher(Protocol):
         Raises:
             NoMailbox: mandatory and returned.
             PublishFailed: nacked, timed out, or the channel was lost: the fate is unknown.
+        """
+        ...
+
+    def in_order(self, exchange: str, routing_key: str) -> AbstractAsyncContextManager[PublishAll]:
+        """For messages whose order counts: what is published goes over the connection that there is on entry, or fails,
+        and reaches the queue in the order given. What comes back is a failure, too.
+
+        Raises:
+            Temporary: there is no connection (on entry).
         """
         ...
 
@@ -78,14 +99,40 @@ class BrokerAdmin(Protocol):
         """Close every connection of a user; returns how many there were. Takes milliseconds."""
         ...
 
-    async def connected_users(self) -> frozenset[str]:
-        """The users that have a connection now, or had one a few seconds ago."""
+    async def connections(self) -> list[Listed]:
+        """All connections, of whatever user, as they were up to 5 s ago."""
+        ...
+
+    async def close_connection(self, name: str) -> None:
+        """Close one that `connections` shows; without effect on one that is too young to be shown."""
         ...
 
     async def put_policy(self, policy: Policy) -> None: ...
 
 
+class ConnectionCloser(Protocol):
+    """Closes a device's live connections, with the answer that they are closed."""
+
+    async def close(self, device: DeviceId, timeout: float = 2.0) -> int:
+        """How many there were. One that is still in its handshake is not among them.
+
+        Raises:
+            Temporary: nobody has answered within so many seconds; they may be open or closed.
+        """
+        ...
+
+
 # ---- Ledger ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A command that waits for its device, with its last attempt's number."""
+
+    command: CommandId
+    device: DeviceId
+    seq: int
+    attempt: int
 
 
 class Ledger(Protocol):
@@ -119,6 +166,10 @@ class Ledger(Protocol):
         """Commands, the newest first; `after` is `(accepted_at, id)` of the last one seen."""
         ...
 
+    async def waiting_of(self, issuers: Sequence[str], limit: int) -> list[CommandId]:
+        """Commands of these issuers, at least one, that wait for their devices."""
+        ...
+
     async def mailboxes(self, devices: Sequence[DeviceId]) -> Mapping[DeviceId, Mailbox]:
         """What may be in these mailboxes: commands that wait, and withdrawn ones until their deadline."""
         ...
@@ -136,21 +187,44 @@ class Ledger(Protocol):
         attempt's number."""
         ...
 
-    async def sequence(self, owner: str, lease: Micros, limit: int) -> list[LogRow] | None:
-        """Give the next unsequenced events their positions and return those not yet marked published.
+    async def waiting(self, cell: str, *, accepted_by: Micros, after: Waiting | None, limit: int) -> list[Waiting]:
+        """Commands that wait for the devices of a cell, accepted at that time or before and not past their
+        deadline, by device and `seq`; `after` is the last one seen."""
+        ...
+
+    async def sequence(self, owner: str, lease: Micros, limit: int) -> int | None:
+        """Take or renew the lease, and give the next unsequenced events their positions; returns how many.
         None when another owner holds the lease."""
         ...
 
-    async def sequenced(self, owner: str, position: int) -> None:
-        """Everything up to `position` has been published."""
+    async def leave_sequence(self, owner: str) -> None:
+        """Give the lease up, if `owner` holds it, for whoever is next."""
+        ...
+
+    async def unpublished(self, owner: str, limit: int) -> list[LogRow]:
+        """The events that have a position and are not yet marked published, in order; none for whoever does not
+        hold the lease."""
+        ...
+
+    async def sequenced(self, owner: str, first: int, last: int) -> None:
+        """Everything from position `first` to `last` has been published. Without effect when something before
+        `first` has not."""
+        ...
+
+    async def publish_again(self, limit: int) -> None:
+        """The newest events, so many at most, are to be published once more: the stream that had them is gone."""
         ...
 
     async def events(self, after: int, limit: int) -> list[LogRow]:
-        """The event log from the position after `after`, in order, without gaps."""
+        """The event log from the position after `after`, in order, without what was pruned; empty only at its end."""
         ...
 
     async def last_position(self) -> int:
         """The last position given to an event; 0 when there is none."""
+        ...
+
+    async def pruned_through(self) -> int:
+        """The largest position of an event that was pruned; 0 when none was. Smaller ones may be kept."""
         ...
 
     async def quarantine(self, rows: Sequence[QuarantineRow]) -> None:
@@ -186,6 +260,10 @@ class Registry(Protocol):
 
     async def devices(self, after: DeviceId | None, limit: int) -> list[Device]: ...
 
+    async def groups(self, ids: Sequence[DeviceId]) -> Mapping[DeviceId, tuple[str, ...]]:
+        """The groups of those that exist; at least one is asked for."""
+        ...
+
     async def mailbox(self, id: DeviceId) -> Mailbox: ...
 
     async def update_device(self, device: Device, expected_version: int | None) -> Device:
@@ -214,8 +292,29 @@ class Registry(Protocol):
         commands are cancelled: returned with the device. Raises `NotFound`."""
         ...
 
-    async def revoke_key(self, id: DeviceId, kid: str, now: Micros) -> None:
-        """Drop one key, void the open codes and queue a closure. Raises `NotFound`."""
+    async def add_key(self, key: DeviceKey) -> tuple[DeviceKey, bool]:
+        """Register a key under `key.parent`; False, and the key as it is kept, when it was registered before.
+
+        Raises `Unauthenticated` when the device is suspended or gone, or the parent is; `Conflict` when it has
+        `MAX_KEYS` active ones, or the key was retired or is another device's.
+        """
+        ...
+
+    async def retire_key(self, id: DeviceId, kid: str, by: str, now: Micros) -> None:
+        """Let a key log in no more, leave those registered under it, and queue a closure. Doing it again changes
+        nothing.
+
+        Raises `NotFound`, `Forbidden` unless `by` descends from it, `Unauthenticated` when `by` is gone.
+        """
+        ...
+
+    async def revoke_key(self, id: DeviceId, kid: str, now: Micros) -> list[str]:
+        """Drop a key and those registered under it, and under those, void the open codes and queue a closure;
+        returns the keys. Raises `NotFound`."""
+        ...
+
+    async def in_hand(self, id: DeviceId) -> int:
+        """How many open commands a device has picked up, of whatever generation."""
         ...
 
     async def last_login(self, id: DeviceId) -> Micros | None:
@@ -223,7 +322,9 @@ class Registry(Protocol):
         After a revocation, one younger than the broker's handshake may still become a connection."""
         ...
 
-    async def keys(self, id: DeviceId) -> list[DeviceKey]: ...
+    async def keys(self, id: DeviceId) -> list[DeviceKey]:
+        """The active ones, the oldest first."""
+        ...
 
     async def login(self, id: DeviceId, kid: str, jti: str, now: Micros, expires: Micros) -> Login | None:
         """Lock the device's row, read the key, record the token's first use. None: no such device."""
@@ -231,15 +332,27 @@ class Registry(Protocol):
 
     async def seen(self, id: DeviceId, now: Micros, agent_version: str | None) -> None: ...
 
-    async def connection(self, id: DeviceId, connected: bool, now: Micros) -> None: ...
-
-    async def add_token(self, token: IssuedToken) -> None: ...
+    async def add_token(self, token: IssuedToken, minter_issued_at: Micros | None = None) -> None:
+        """Raises `Unauthenticated` when its parent is unknown or revoked, or the tokens of `token.minter` are, of which
+        the one that this is made with was issued at that time."""
+        ...
 
     async def token(self, jti: str) -> IssuedToken | None: ...
 
     async def tokens(self, after: str | None, limit: int) -> list[IssuedToken]: ...
 
-    async def revoke_token(self, jti: str, now: Micros) -> IssuedToken | None: ...
+    async def revoke_token(self, jti: str, now: Micros) -> RevokedTokens:
+        """Revoke a token and all that were made with it, and with those. Raises `NotFound`."""
+        ...
+
+    async def revoke_subject(self, subject: str, now: Micros) -> RevokedTokens:
+        """Revoke all tokens of a subject, and all that were made with them."""
+        ...
+
+    async def not_before(self, identity: str) -> Micros | None:
+        """When an external identity was revoked: tokens that were issued then or before are not good. None when it was
+        not within the life of a token."""
+        ...
 
     async def closures(self, limit: int) -> list[tuple[int, DeviceId]]:
         """Devices whose connections are to be closed, oldest first, each with the closure's id."""
@@ -250,6 +363,89 @@ class Registry(Protocol):
     async def record(self, event: DomainEvent) -> None: ...
 
     async def close(self) -> None: ...
+
+
+class KeySource(Protocol):
+    """Where an external provider's keys are."""
+
+    async def fetch(self) -> bytes:
+        """The JWK set as it is now, within a few seconds. Raises `ProviderUnavailable`."""
+        ...
+
+
+class Sessions(Protocol):
+    """The connections of devices, and what is remembered of a device between its logins."""
+
+    async def apply(self, changes: Sequence[presence.Change]) -> Mapping[DeviceId, int]:
+        """Apply what was heard of sessions, in order, with the presence and the events `device.connected` and
+        `device.disconnected` that follow; returns how many live ones the devices concerned have."""
+        ...
+
+    async def live(self, cell: str) -> list[Session]: ...
+
+    async def forget(self, ended_before: Micros) -> None: ...
+
+    async def admit(self, device: DeviceId, jti: str, now: Micros, limits: Limits) -> Admission:
+        """Decide about a login that `Registry.login` has recorded, under the lock of the device's row."""
+        ...
+
+    async def took_over(self, device: DeviceId, now: Micros, limits: Limits) -> bool:
+        """The device's connections were closed for a newcomer admitted at `now`. True when that made an event
+        `device.contested`."""
+        ...
+
+    async def throttle(self, device: DeviceId, exceeded: Meter, now: Micros) -> Micros | None:
+        """Refuse logins for a while, with an event `device.throttled`: how long; None when they already are."""
+        ...
+
+
+class Audit(Protocol):
+    """Who did what. What goes through the other ports is recorded by them, in the transaction of the deed."""
+
+    async def record(self, deed: Deed) -> None:
+        """For what is done elsewhere, or refused; by whoever acts at present (`fabric.audit.acting`)."""
+        ...
+
+    async def entries(
+        self,
+        *,
+        device: DeviceId | None = None,
+        subject: str | None = None,
+        action: Action | None = None,
+        since: Micros | None = None,
+        until: Micros | None = None,
+        after: tuple[Micros, int] | None = None,
+        limit: int = 100,
+    ) -> list[Entry]:
+        """From `since` on and before `until`, the newest first; `after` is `(at, position)` of the last one seen."""
+        ...
+
+    async def prune(self, before: Micros, limit: int) -> bool:
+        """Delete up to `limit` of the oldest in one short transaction; True when there is more. Raises `Invalid` for
+        any that is younger than the database lets go."""
+        ...
+
+
+class Gateways(Protocol):
+    """Which gateways serve, each with a lease that it renews."""
+
+    async def renew(self, id: str, now: Micros, lease: Micros) -> None:
+        """A gateway that serves is taken for one for `lease` from now on."""
+        ...
+
+    async def leave(self, id: str) -> None: ...
+
+    async def live(self, now: Micros) -> list[str]: ...
+
+
+class Retention(Protocol):
+    """Forgets what was over long ago."""
+
+    async def prune(self, before: Micros, limit: int) -> bool:
+        """Delete, in one short transaction, up to `limit` of each: commands settled before then, with their events;
+        events of devices; mail in quarantine; expired idempotency keys; revocations that no token outlived. Events that
+        are not yet published stay, and their commands with them. True when there is more."""
+        ...
 
 
 # ---- Streams -----------------------------------------------------------------------------------------

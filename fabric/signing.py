@@ -5,6 +5,7 @@ A key file is a P-256 private key as PEM, mode 0600. Public halves are handed ou
 
 import base64
 from dataclasses import dataclass
+from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
@@ -14,6 +15,16 @@ from topology.names import DeviceId
 
 _ES256 = ECAlgorithm(ECAlgorithm.SHA256)
 Jwk = dict[str, str]
+
+
+class Published(Protocol):
+    """What has a public half with an id."""
+
+    @property
+    def kid(self) -> str: ...
+
+    @property
+    def public(self) -> Jwk: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +47,7 @@ def public_jwk(key: ec.EllipticCurvePublicKey) -> Jwk:
     return {"crv": "P-256", "kty": "EC", "x": _coordinate(numbers.x), "y": _coordinate(numbers.y)}
 
 
-def jwks(*keys: SigningKey) -> dict[str, list[Jwk]]:
+def jwks(*keys: Published) -> dict[str, list[Jwk]]:
     """A JWK set (RFC 7517) of the public halves, each with `kid`, `alg` and `use`."""
     return {"keys": [{**key.public, "kid": key.kid, "alg": enrollment.ALGORITHM, "use": "sig"} for key in keys]}
 

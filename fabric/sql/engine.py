@@ -25,7 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from fabric.command import Micros
 from fabric.errors import FabricError, Invalid, LedgerUnavailable
-from fabric.sql.prepared import say
+from fabric.sql.prepared import PIPELINED, say
 
 T = TypeVar("T")
 
@@ -43,6 +43,10 @@ _FILE_MODE = 0o600
 _WAL_TRIES = 50  # of 0.1 s: turning on WAL doesn't wait for other processes by itself
 
 
+def refused(error: SQLAlchemyError) -> FabricError:
+    return Invalid(f"The database refused it: {first_line(error)}")
+
+
 class Database:
     """An engine and its threads. One per process; the ledger and the registry share it.
 
@@ -55,6 +59,7 @@ class Database:
         self.sqlite = self.engine.dialect.name == "sqlite"
         # A read on PostgreSQL then needs no BEGIN; on SQLite a statement without one is its own transaction.
         self._reading = self.engine if self.sqlite else create_engine(url, connections=readers, autocommit=True)
+        self._batching = self.engine if self.sqlite else create_engine(url, connections=1, pipelined=True)
         # SQLite's own waiting polls, for longer each time; a lock of the operating system wakes at once.
         self._turn = Turn(Path(f"{self.engine.url.database}-turn")) if self.sqlite else nullcontext()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sql-writer")
@@ -86,18 +91,24 @@ class Database:
         *,
         committed: Callable[[sa.Connection, T], bool] | None = None,
         durable: bool = True,
+        refused: Callable[[DBAPIError], Exception] = refused,
+        pipelined: bool = False,
     ) -> T:
         """`write`, in the calling thread.
 
         Args:
+            work: with `pipelined`, runs nothing but `Prepared`'s statements.
             committed: asked on a new connection when the old one was lost during the commit, with the result of
                 `work`: is it in the database? If not, `work` is run again.
             durable: as for `write`.
+            refused: makes the error to raise of what the database does not take.
+            pipelined: in as few round trips as its statements allow.
         """
+        engine = self._batching if pipelined else self.engine
         doubtful: list[T] = []
 
         def attempt() -> T:
-            with self._turn, self._kept.of(self.engine) as connection:
+            with self._turn, self._kept.of(engine) as connection:
                 transaction = connection.begin()
                 try:
                     self._begin(connection, durable)
@@ -105,20 +116,20 @@ class Database:
                         transaction.rollback()
                         return doubtful[-1]
                     result = work(connection)
-                except BaseException:
-                    _quietly(transaction.rollback)
+                except BaseException as error:
+                    _undo(connection, transaction, error)
                     raise
                 doubtful[:] = [result]
                 try:
                     transaction.commit()
                 except DBAPIError as error:
-                    _quietly(transaction.rollback)
+                    _undo(connection, transaction, error)
                     if committed is None and trouble(error) is Trouble.LOST:
                         raise LedgerUnavailable("The database went away during a commit; it may be done.") from error
                     raise
                 return result
 
-        return self._retrying(attempt)
+        return self._retrying(attempt, refused)
 
     def _begin(self, connection: sa.Connection, durable: bool) -> None:
         if self.sqlite:
@@ -140,7 +151,7 @@ class Database:
             best: tuple[int, Micros] | None = None
             for _ in range(3):
                 before = time.time_ns() // 1000
-                theirs = connection.execute(_CLOCK).scalar_one()
+                theirs = connection.execute(CLOCK).scalar_one()
                 after = time.time_ns() // 1000
                 if best is None or after - before < best[0]:
                     best = (after - before, theirs - (before + after) // 2)
@@ -162,8 +173,8 @@ class Database:
         if isinstance(self._turn, Turn):
             self._turn.close()
         self._kept.close()
-        self.engine.dispose()
-        self._reading.dispose()
+        for engine in (self.engine, self._reading, self._batching):
+            engine.dispose()
 
     async def _in_reader(self, work: Callable[[], T]) -> T:
         if self._closed:
@@ -180,7 +191,7 @@ class Database:
         with self._kept.of(self._reading) as connection:
             return work(connection)
 
-    def _retrying(self, attempt: Callable[[], T]) -> T:
+    def _retrying(self, attempt: Callable[[], T], refused: Callable[[DBAPIError], Exception] = refused) -> T:
         until = time.monotonic() + RETRY_FOR
         pause, longest = RETRY_PAUSE
         while True:
@@ -195,7 +206,7 @@ class Database:
                 if kind is Trouble.REFUSED:
                     raise refused(error) from error
                 if kind is Trouble.BUSY or time.monotonic() > until or self._closed:
-                    raise LedgerUnavailable(f"The database can't be used now: {_first_line(error)}") from error
+                    raise LedgerUnavailable(f"The database can't be used now: {first_line(error)}") from error
             time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause = min(pause * 2, longest)
 
@@ -309,16 +320,13 @@ def trouble(error: DBAPIError) -> Trouble:
     return Trouble.BUSY if state.startswith(("53", "55", "57", "58", "25")) else Trouble.REFUSED
 
 
-def refused(error: SQLAlchemyError) -> FabricError:
-    return Invalid(f"The database refused it: {_first_line(error)}")
-
-
-def create_engine(url: str, *, connections: int, autocommit: bool = False) -> sa.Engine:
+def create_engine(url: str, *, connections: int, autocommit: bool = False, pipelined: bool = False) -> sa.Engine:
     """An engine for `sqlite:///path` or `postgresql://…` (also `postgresql+psycopg://…`).
 
     Args:
         connections: at most so many.
         autocommit: each statement on PostgreSQL is its own transaction; on SQLite it is always so until BEGIN.
+        pipelined: connections to PostgreSQL send statements before they have the answers to earlier ones (`Prepared`).
 
     Raises:
         Invalid: another database, or no file.
@@ -331,7 +339,10 @@ def create_engine(url: str, *, connections: int, autocommit: bool = False) -> sa
         case "sqlite" | "sqlite+pysqlite":
             return _sqlite(parsed, connections)
         case "postgresql" | "postgresql+psycopg":
-            return _postgresql(parsed, connections, "AUTOCOMMIT" if autocommit else "READ COMMITTED")
+            engine = _postgresql(parsed, connections, "AUTOCOMMIT" if autocommit else "READ COMMITTED")
+            if pipelined:
+                _pipeline(engine)
+            return engine
         case other:
             raise Invalid(f"The database URL starts with {other}://; it must be sqlite:///path or postgresql://…")
 
@@ -416,6 +427,24 @@ def _postgresql(url: sa.URL, connections: int, isolation: IsolationLevel) -> sa.
     )
 
 
+def _pipeline(engine: sa.Engine) -> None:
+    """Keep the engine's connections in psycopg's pipeline mode: to leave it at the end of each transaction would cost
+    the round trip that it saves."""
+
+    @event.listens_for(engine, "connect")
+    def enter(connection: Any, record: Any) -> None:
+        held = record.info[_HELD] = connection.pipeline()
+        record.info[PIPELINED] = held.__enter__()
+
+    @event.listens_for(engine, "close")
+    def leave(_: object, record: Any) -> None:
+        held = record.info.pop(_HELD, None)
+        if held is not None:
+            with suppress(Exception):  # the connection is gone already
+                held.__exit__(None, None, None)
+
+
+_HELD = "pipeline"  # the context manager's place beside it
 _SQLITE_BUSY = frozenset(
     {
         sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN,
@@ -424,15 +453,27 @@ _SQLITE_BUSY = frozenset(
 )  # fmt: skip
 _SYNCHRONOUS = "synchronous"  # where a SQLite connection's present value is remembered
 _making = threading.Lock()
-_CLOCK = sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+CLOCK = sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 
 
-def _quietly(undo: Callable[[], None]) -> None:
-    """A rollback on a connection that is gone has nothing to say that is not known."""
+def _undo(connection: sa.Connection, transaction: sa.Transaction, error: BaseException) -> None:
+    """Roll back. A connection that is gone has nothing to say about that which is not known."""
     with suppress(SQLAlchemyError):
-        undo()
+        if PIPELINED not in connection.info:
+            transaction.rollback()
+            return
+        try:
+            if not isinstance(error, DBAPIError):
+                transaction.rollback()
+                return
+        except SQLAlchemyError:  # of a statement whose answer nobody had waited for
+            pass
+        connection.invalidate()  # the answers to what was sent behind the failed statement would come first
+        if transaction.is_active:
+            transaction.rollback()
 
 
-def _first_line(error: SQLAlchemyError) -> str:
+def first_line(error: Exception) -> str:
+    """What the driver says, without the values that it adds in further lines."""
     cause = getattr(error, "orig", None) or error
     return str(cause).partition("\n")[0][:200]

@@ -38,7 +38,13 @@ def new_key(key: DeviceKey, device: DeviceId) -> rows.Row:
         "jwk": rows.as_json(key.jwk),
         "created_at": key.created_at,
         "last_used": key.last_used,
+        "parent": key.parent,
     }
+
+
+def jti_hash(jti: str) -> str:
+    """Hashed: an index takes no text of any length, and a token's id is the device's to choose."""
+    return hashlib.sha256(jti.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def gone() -> Gone:
@@ -52,9 +58,7 @@ def use_token(
     found = connection.execute(_KEY, {"of": device, "key": kid}).first()
     if found is None:
         return None, now
-    # Hashed: an index takes no text of any length, and a token's id is the device's to choose.
-    hashed = hashlib.sha256(jti.encode("utf-8", "surrogatepass")).hexdigest()
-    use = {"device": device, "jti_hash": hashed, "first_use": now, "last_use": now, "expires_at": expires}
+    use = {"device": device, "jti_hash": jti_hash(jti), "first_use": now, "last_use": now, "expires_at": expires}
     first_use: Micros = connection.execute(_USE[connection.dialect.name], use).scalar_one()
     if first_use == now:
         connection.execute(_KEY_USED, {"key": kid, "now": now})
@@ -79,11 +83,11 @@ _PRUNE = sa.delete(schema.logins).where(
 )
 LAST_LOGIN = sa.select(sa.func.max(_logins.last_use).label("at")).where(_logins.device == sa.bindparam("of"))
 
-KEYS = sa.select(schema.device_keys).where(_keys.device == sa.bindparam("of")).order_by(_keys.created_at, _keys.kid)
-KEY_OWNER = sa.select(_keys.device).where(_keys.kid == sa.bindparam("of"))
+_ACTIVE = sa.select(schema.device_keys).where(_keys.device == sa.bindparam("of"), _keys.retired_at.is_(None))
+KEYS = _ACTIVE.order_by(_keys.created_at, _keys.kid)
+KEY_OWNER = sa.select(_keys.device, _keys.retired_at).where(_keys.kid == sa.bindparam("of"))
 DROP_KEYS = sa.delete(schema.device_keys).where(_keys.device == sa.bindparam("of"))
-DROP_KEY = sa.delete(schema.device_keys).where(_keys.device == sa.bindparam("of"), _keys.kid == sa.bindparam("key"))
-_KEY = sa.select(schema.device_keys).where(_keys.device == sa.bindparam("of"), _keys.kid == sa.bindparam("key"))
+_KEY = _ACTIVE.where(_keys.kid == sa.bindparam("key"))
 _KEY_USED = sa.update(schema.device_keys).where(_keys.kid == sa.bindparam("key")).values(last_used=sa.bindparam("now"))
 
 CODE = sa.select(schema.codes).where(_codes.code_hash == sa.bindparam("of"))

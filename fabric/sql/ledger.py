@@ -5,28 +5,41 @@ One thread writes: whatever was submitted while the last transaction ran goes in
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from fabric.audit import By, acting
 from fabric.batch import Batcher
 from fabric.command import WAITING, Command, Confirmed, Micros, State
 from fabric.errors import LedgerUnavailable
+from fabric.measures import Lives
 from fabric.model import Accept, Change, LogRow, Mailbox, QuarantineRow, Result, TimelineRow, Write
+from fabric.ports import Waiting
 from fabric.sql import log as event_log
-from fabric.sql import rows, schema
-from fabric.sql.engine import Database
+from fabric.sql import mailboxes, rows, schema, waiting
+from fabric.sql.engine import Database, refused
 from fabric.sql.fold import Fold, Stale, are_stored
-from fabric.sql.prepared import Prepared, Row, padded
+from fabric.sql.prepared import Prepared, Row
+from fabric.sql.retention import PRUNED_THROUGH
 from topology.names import CommandId, DeviceId
 
 READS = 5  # of one batch, before a row that keeps changing under it is given up
 QUARANTINED_BODY = 4096  # bytes
 QUARANTINED_ROWS = 100  # per device, and for unknown devices together
 
-_Group = tuple[Write, ...]
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What is written together, and who asks for it."""
+
+    writes: tuple[Write, ...]
+    by: By
+
+
 _Folded = tuple[list[list[Result] | Exception], list[Command]]
 
 
@@ -36,13 +49,17 @@ class SqlLedger:
     Args:
         clock: the time in microseconds on the database's clock, as `fabric.clock.Clock` keeps it.
         jitter: gives numbers from 0 to 1, for the back-off of retries.
+
+    Attributes:
+        lives: what became of commands by the writes of this process.
     """
 
     def __init__(
         self, database: Database, clock: Callable[[], Micros], *, jitter: Callable[[], float] = random.random
     ) -> None:
         self._database, self._now, self._jitter = database, clock, jitter
-        self._batcher: Batcher[_Group, list[Result]] = Batcher(self._flush, weigh=len)
+        self.lives = Lives()
+        self._batcher: Batcher[_Group, list[Result]] = Batcher(self._flush, weigh=lambda group: len(group.writes))
 
     def start(self) -> None:
         """Take writes, in the running event loop."""
@@ -57,15 +74,22 @@ class SqlLedger:
     async def write(self, *writes: Write, patience: float = 0.0) -> list[Result]:
         """Apply all, in one transaction with others that wait, and commit; results in order.
 
-        When one of several `Accept`s is refused, none of these writes is done.
+        When one of several `Accept`s is refused, none of these writes is done. Commands that somebody sends or
+        cancels are recorded in the audit with them.
 
         Raises:
             NotFound: an `Accept` on an unknown device.
             Conflict: an `Accept` for another generation of the device, or with the id of another command. The
                 same command again is no conflict: the result is the command as it is now.
+            KeyReused: an `Accept` whose idempotency key stands for another request.
+            BacklogFull: an `Accept` for a mailbox that may be full.
             LedgerUnavailable: the database is away; the writes may have been done.
         """
-        return await self._batcher.submit(writes, patience) if writes else []
+        if not writes:
+            return []
+        results = await self._batcher.submit(_Group(writes, acting()), patience)
+        self.lives.note(results, self._now())
+        return results
 
     async def quarantine(self, mail: Sequence[QuarantineRow]) -> None:
         new = [
@@ -138,32 +162,55 @@ class SqlLedger:
             waiting.setdefault(DeviceId(row.device), []).append((CommandId(row.id), row.attempt))
         return waiting
 
+    async def waiting(self, cell: str, *, accepted_by: Micros, after: Waiting | None, limit: int) -> list[Waiting]:
+        now = self._now()
+        return await self._database.read(
+            lambda connection: waiting.page(connection, cell, accepted_by, now, after, limit)
+        )
+
+    async def waiting_of(self, issuers: Sequence[str], limit: int) -> list[CommandId]:
+        return await self._database.read(lambda connection: waiting.of_issuers(connection, issuers, limit))
+
     async def mailboxes(self, devices: Sequence[DeviceId]) -> Mapping[DeviceId, Mailbox]:
         """What may be in these mailboxes: commands that wait, and withdrawn ones until their deadline."""
-        return await self._database.read(lambda connection: mailboxes(connection, devices, self._now()))
+        return await self._database.read(lambda connection: mailboxes.read(connection, devices, self._now()))
 
     # ---- The event log ---------------------------------------------------------------------------------
 
-    async def sequence(self, owner: str, lease: Micros, limit: int) -> list[LogRow] | None:
+    async def sequence(self, owner: str, lease: Micros, limit: int) -> int | None:
         now = self._now()
         idle = await self._database.read(lambda connection: event_log.is_idle(connection, owner, now, lease))
         if idle is not None:
-            return [] if idle else None
+            return 0 if idle else None
         return await self._database.write(lambda connection: event_log.sequence(connection, owner, now, lease, limit))
 
-    async def sequenced(self, owner: str, position: int) -> None:
+    async def leave_sequence(self, owner: str) -> None:
+        await self._database.write(lambda connection: event_log.leave(connection, owner), durable=False)
+
+    async def unpublished(self, owner: str, limit: int) -> list[LogRow]:
+        return await self._database.read(lambda connection: event_log.unpublished(connection, owner, limit))
+
+    async def sequenced(self, owner: str, first: int, last: int) -> None:
         # Forgotten in a crash, it is published again: at least once is what is promised.
         await self._database.write(
-            lambda connection: event_log.mark_published(connection, owner, position), durable=False
+            lambda connection: event_log.mark_published(connection, owner, first, last), durable=False
         )
 
+    async def publish_again(self, limit: int) -> None:
+        await self._database.write(lambda connection: event_log.publish_again(connection, limit))
+
     async def events(self, after: int, limit: int) -> list[LogRow]:
-        """The event log from the position after `after`, in order, without gaps."""
+        """The event log from the position after `after`, in order, without what was pruned; empty only at its end."""
         return await self._database.read(lambda connection: event_log.read(connection, after, limit))
 
     async def last_position(self) -> int:
         """The last position given to an event; 0 when there is none."""
         return await self._database.read(event_log.last_position)
+
+    async def pruned_through(self) -> int:
+        """The largest position of an event that was pruned; 0 when none was. Smaller ones may be kept."""
+        found = await self._prepared(_PRUNED_THROUGH, {})
+        return int(found[0][0]) if found else 0
 
     # ---- The database ----------------------------------------------------------------------------------
 
@@ -191,7 +238,9 @@ class SqlLedger:
                 results, _ = self._database.transact(
                     partial(fold, groups),
                     committed=lambda connection, done: are_stored(connection, done[1]),
-                    durable=any(_must_last(write) for group in groups for write in group),
+                    durable=any(_must_last(write) for group in groups for write in group.writes),
+                    refused=_stale if fold == self._fold_new else refused,
+                    pipelined=True,
                 )
             except Stale:
                 continue
@@ -199,45 +248,41 @@ class SqlLedger:
         raise LedgerUnavailable("The commands kept changing under the write; try again.")
 
     def _fold_new(self, groups: Sequence[_Group], connection: sa.Connection) -> _Folded:
-        """The usual case, with a statement or two less: new commands of one device at most.
+        """The usual case, with a statement or two less: plain new commands of one device at most.
 
         Raises:
             Stale: it is not the usual case; nothing was done.
         """
         fold = Fold(connection, self._now, self._jitter)
         ids, new = _split(groups)
-        if new:
-            device, generation = new[0].device, new[0].generation
-            if any((command.device, command.generation) != (device, generation) for command in new):
-                raise Stale
-            if not fold.count(device, generation, len(new)):
-                raise Stale
+        if new and not (_are_plain(new) and fold.count(new)):
+            raise Stale
         fold.load((), ids)
         results: list[list[Result] | Exception] = []
         for group in groups:
-            result = fold.apply(group)
+            result = fold.apply(group.writes, group.by)
             if not isinstance(result, list):
                 raise Stale
             results.append(result)
-        try:
-            written = fold.save()
-        except IntegrityError as error:  # an `Accept` for the second time
-            raise Stale from error
-        return _told(fold, results), written
+        return _saved(fold, results)
 
     def _fold(self, groups: Sequence[_Group], connection: sa.Connection) -> _Folded:
         fold = Fold(connection, self._now, self._jitter)
         ids, new = _split(groups)
-        fold.load((command.device for command in new), (*ids, *(command.id for command in new)))
-        results: list[list[Result] | Exception] = [fold.apply(group) for group in groups]
-        written = fold.save()
-        return _told(fold, results), written
+        fold.load(new, ids)
+        return _saved(fold, [fold.apply(group.writes, group.by) for group in groups])
 
 
-def _told(fold: Fold, results: list[list[Result] | Exception]) -> list[list[Result] | Exception]:
-    """`Fold.told` for the results of all groups at once."""
-    told = iter(fold.told([result for group in results if isinstance(group, list) for result in group]))
-    return [[next(told) for _ in group] if isinstance(group, list) else group for group in results]
+def _saved(fold: Fold, results: Sequence[list[Result] | Exception]) -> _Folded:
+    """`Fold.save` for the results of all groups at once."""
+    told, written = fold.save([result for group in results if isinstance(group, list) for result in group])
+    each = iter(told)
+    return [[next(each) for _ in group] if isinstance(group, list) else group for group in results], written
+
+
+def _stale(error: DBAPIError) -> Exception:
+    """An `Accept` for the second time is no usual case."""
+    return Stale() if isinstance(error, IntegrityError) else refused(error)
 
 
 def _must_last(write: Write) -> bool:
@@ -246,31 +291,31 @@ def _must_last(write: Write) -> bool:
     return not (isinstance(write, Change) and isinstance(write.event, Confirmed))
 
 
-def _split(groups: Sequence[_Group]) -> tuple[list[CommandId], list[Command]]:
-    """The ids of changed commands, and the commands to accept."""
+def _split(groups: Sequence[_Group]) -> tuple[list[CommandId], list[Accept]]:
+    """The ids of changed commands, and what is to be accepted."""
     changed: list[CommandId] = []
-    new: list[Command] = []
+    new: list[Accept] = []
     for group in groups:
-        for write in group:
+        for write in group.writes:
             if isinstance(write, Accept):
-                new.append(write.command)
+                new.append(write)
             else:
                 changed.append(write.command)
     return changed, new
 
 
-def mailboxes(connection: sa.Connection, devices: Sequence[DeviceId], now: Micros) -> dict[DeviceId, Mailbox]:
-    """The mailboxes of these devices, empty ones too."""
-    boxes = {device: Mailbox(0, None) for device in devices}
-    if devices:
-        for row in connection.execute(_MAILBOXES, {"ids": padded(devices), "now": now}):
-            boxes[row.device] = Mailbox(row.depth, row.oldest_at)
-    return boxes
+def _are_plain(new: Sequence[Accept]) -> bool:
+    """Are these of one device, and does nothing have to be looked up for them but its row and its mailbox?"""
+    first = new[0].command
+    return all(
+        (accept.command.device, accept.command.generation) == (first.device, first.generation)
+        and accept.idempotency is None
+        and accept.command.supersedes is None
+        for accept in new
+    )
 
 
 _commands = schema.commands.c
-# The index's condition in its own words, so that prepared statements use it too.
-_in_mailbox = sa.text("state IN ('accepted', 'queued', 'cancelled')")
 _waiting = sa.text("state IN ({})".format(", ".join(sorted(f"'{state}'" for state in WAITING))))
 
 _COMMAND = Prepared(sa.select(*rows.COMMAND_COLUMNS).where(_commands.id == sa.bindparam("of")))
@@ -299,21 +344,12 @@ _QUEUED = (
         schema.devices.c.cell == sa.bindparam("cell"),
         schema.devices.c.generation == _commands.generation,
         _commands.state == State.QUEUED.value,
-        _in_mailbox,
+        mailboxes.IN_MAILBOX,
         _commands.publish_due.is_(None),
     )
     .order_by(_commands.device, _commands.seq)
 )
-_MAILBOXES = (
-    sa.select(_commands.device, sa.func.count().label("depth"), sa.func.min(_commands.accepted_at).label("oldest_at"))
-    .where(
-        _commands.device.in_(sa.bindparam("ids", expanding=True)),
-        _in_mailbox,
-        _commands.deadline > sa.bindparam("now"),
-        sa.or_(_commands.state != State.CANCELLED.value, _commands.copies != ""),
-    )
-    .group_by(_commands.device)
-)
+_PRUNED_THROUGH = Prepared(sa.select(schema.meta.c.value).where(schema.meta.c.name == PRUNED_THROUGH))
 _INCARNATION = sa.select(schema.meta.c.value).where(schema.meta.c.name == "incarnation")
 _PRUNE_QUARANTINE = sa.delete(schema.quarantine).where(
     schema.quarantine.c.device == sa.bindparam("of"),

@@ -5,6 +5,7 @@ transaction on both databases.
 """
 
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,13 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import DBAPIError
 
+from fabric.audit import Action, Deed, acting
+from fabric.command import Micros
 from fabric.errors import FabricError, LedgerUnavailable
-from fabric.sql import schema
-from fabric.sql.engine import Trouble, create_engine, refused, trouble
+from fabric.sql import audit, schema
+from fabric.sql.engine import CLOCK, Trouble, create_engine, refused, trouble
 from fabric.sql.log import SEQUENCER
+from fabric.sql.revocations import MARK
 
 _SCRIPTS = Path(__file__).parent / "migrations"
 _LOCK: Final = 0x72657374616E7465  # "restante": PostgreSQL's advisory lock
@@ -39,13 +43,13 @@ def migrate(url: str) -> None:
         Invalid: a database that is not supported.
         LedgerUnavailable: it can't be reached or locked.
     """
-    with _connected(url) as connection, connection.begin():
-        if connection.dialect.name == "sqlite":
-            connection.exec_driver_sql("BEGIN EXCLUSIVE")
-        else:
-            connection.exec_driver_sql("SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0")
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-        command.upgrade(_config(connection), "head")
+    with connected(url) as connection, connection.begin():
+        lock(connection)
+        before = revision_of(connection)
+        command.upgrade(config_of(connection), "head")
+        if (after := revision_of(connection)) != before:
+            deed = Deed(Action.SCHEMA_MIGRATED, detail={"from": before, "to": after})
+            audit.record(connection, acting(), deed, database_time(connection))
         if (
             connection.execute(sa.select(schema.meta.c.value).where(schema.meta.c.name == "incarnation")).first()
             is None
@@ -58,11 +62,20 @@ def migrate(url: str) -> None:
 def renew_incarnation(url: str) -> str:
     """A new incarnation, after which agents send every retained outcome again; for `setup` and `rebuild`."""
     fresh = secrets.token_hex(8)
-    with _connected(url) as connection, connection.begin():
+    with connected(url) as connection, connection.begin():
         if connection.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         connection.execute(sa.update(schema.meta).where(schema.meta.c.name == "incarnation").values(value=fresh))
     return fresh
+
+
+def accept_revocation_log(url: str) -> None:
+    """Whatever revocation log the next process finds belongs to this database, and is replayed from its beginning."""
+    with connected(url) as connection, connection.begin():
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.execute(sa.delete(schema.meta).where(schema.meta.c.name == MARK))
+        audit.record(connection, acting(), Deed(Action.REVOCATION_LOG_ACCEPTED), database_time(connection))
 
 
 def check_current(url: str) -> None:
@@ -72,23 +85,48 @@ def check_current(url: str) -> None:
         SchemaOutdated: it is older, newer, or not there.
         LedgerUnavailable: the database can't be reached.
     """
-    with _connected(url) as connection:
-        found = MigrationContext.configure(connection).get_current_revision()
-    wanted = ScriptDirectory(str(_SCRIPTS)).get_current_head()
-    if found == wanted:
-        return
+    with connected(url) as connection:
+        found = revision_of(connection)
     if found is None:
         raise SchemaOutdated("The database has no Restante schema yet. Run `restante migrate`.")
-    known = {script.revision for script in ScriptDirectory(str(_SCRIPTS)).walk_revisions()}
-    if found not in known:
+    check_known(found, "database")
+    wanted = ScriptDirectory(str(_SCRIPTS)).get_current_head()
+    if found != wanted:
+        raise SchemaOutdated(f"The database's schema is at {found} and must be at {wanted}. Run `restante migrate`.")
+
+
+def check_known(revision: str, whose: str) -> None:
+    """Raise `SchemaOutdated` when a schema's revision is of a newer version than this one."""
+    scripts = ScriptDirectory(str(_SCRIPTS))
+    if revision not in {script.revision for script in scripts.walk_revisions()}:
         raise SchemaOutdated(
-            f"The database's schema ({found}) is of a newer version than this one ({wanted}). Upgrade Restante."
+            f"The {whose}'s schema ({revision}) is of a newer version than this one ({scripts.get_current_head()}). "
+            "Upgrade Restante."
         )
-    raise SchemaOutdated(f"The database's schema is at {found} and must be at {wanted}. Run `restante migrate`.")
+
+
+def lock(connection: sa.Connection) -> None:
+    """Begin a transaction that changes the schema, as the only one that does."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN EXCLUSIVE")
+    else:
+        connection.exec_driver_sql("SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0")
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+
+
+def revision_of(connection: sa.Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def database_time(connection: sa.Connection) -> Micros:
+    if connection.dialect.name == "sqlite":
+        return time.time_ns() // 1000
+    now: Micros = connection.execute(CLOCK).scalar_one()
+    return now
 
 
 @contextmanager
-def _connected(url: str) -> Iterator[sa.Connection]:
+def connected(url: str) -> Iterator[sa.Connection]:
     engine = create_engine(url, connections=1)
     try:
         with engine.connect() as connection:
@@ -101,7 +139,7 @@ def _connected(url: str) -> Iterator[sa.Connection]:
         engine.dispose()
 
 
-def _config(connection: sa.Connection) -> Config:
+def config_of(connection: sa.Connection) -> Config:
     config = Config()
     config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
     config.attributes["connection"] = connection

@@ -5,7 +5,6 @@ when its code has left the caches. What is compiled is the same text, the same o
 conversions to and from the columns' types.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ T = TypeVar("T")
 Row = tuple[Any, ...]
 Rows = list[Row]
 Parameters = Mapping[str, Any]
+Statement = sa.Select[Any] | sa.Insert | sa.Update | sa.Delete
 _Convert = Callable[[Any], Any]
 
 _CURSOR = "prepared-cursor"  # its place in `Connection.info`, which goes with the driver's connection
+PIPELINED = "pipelined"  # there, too: whether the driver sends statements before it has the answers to earlier ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,12 @@ class Prepared:
     """A statement that is compiled at its first use on each dialect.
 
     Like with SQLAlchemy's `execute`, the names of the parameters say which columns an INSERT or UPDATE without
-    values sets; its errors are the same too. A list can't be expanded into it: see `among`.
+    values sets; its errors are the same too. A list can't be expanded into it: see `Among`.
     """
 
     __slots__ = ("_compiled", "_statement")
 
-    def __init__(self, statement: sa.Select[Any] | sa.Insert | sa.Update) -> None:
+    def __init__(self, statement: Statement) -> None:
         self._statement = statement
         self._compiled: dict[tuple[str, ...], _Compiled] = {}
 
@@ -73,12 +74,50 @@ class Prepared:
         except connection.dialect.loaded_dbapi.Error as error:
             raise _translated(connection, compiled.text, error) from error
 
+    def ask(self, connection: sa.Connection, parameters: Parameters) -> Callable[[], Rows]:
+        """`all`, in two halves: the statement takes its place in the transaction now, and what is returned gives the
+        rows. On a connection that is pipelined, whatever is asked before that is called takes one round trip."""
+        if PIPELINED not in connection.info:
+            found = self.all(connection, parameters)
+            return lambda: found
+        compiled = self._for(connection, parameters)
+        cursor = _queued(connection, compiled, [compiled.arguments(parameters)])
+
+        def rows() -> Rows:
+            try:
+                return compiled.rows(cursor.fetchall())
+            except connection.dialect.loaded_dbapi.Error as error:
+                raise _translated(connection, compiled.text, error) from error
+
+        return rows
+
+    def put(self, connection: sa.Connection, many: Sequence[Parameters]) -> Callable[[], int]:
+        """`run`, in two halves, as `ask` is of `all`. Its errors may come with a later statement, or the commit."""
+        if PIPELINED not in connection.info:
+            met = self.run(connection, many)
+            return lambda: met
+        compiled = self._for(connection, many[0])
+        cursor = _queued(connection, compiled, [compiled.arguments(parameters) for parameters in many])
+
+        def count() -> int:
+            pipeline = connection.info[PIPELINED]
+            if pipeline.result_queue:
+                try:
+                    pipeline.sync()
+                except connection.dialect.loaded_dbapi.Error as error:
+                    raise _translated(connection, compiled.text, error) from error
+            return cursor.rowcount
+
+        return count
+
     def first(self, connection: sa.Connection, parameters: Parameters) -> Row | None:
         found = self.all(connection, parameters)
         return found[0] if found else None
 
     def run(self, connection: sa.Connection, many: Sequence[Parameters]) -> int:
         """Run it with each of these parameters, which have the same names; the number of rows it met."""
+        if PIPELINED in connection.info:
+            return self.put(connection, many)()
         compiled = self._for(connection, many[0])
         arguments = [compiled.arguments(parameters) for parameters in many]
         try:
@@ -99,18 +138,31 @@ class Prepared:
         return compiled
 
 
-def among(statement: sa.Select[Any], column: "sa.Column[Any]") -> Callable[[sa.Connection, Sequence[Any]], Rows]:
-    """A function that gives the statement's rows for each of a number of values, at least one, of a column."""
+class Among:
+    """A query for a number of values of a column, at least one, beside the statement's own parameters by name."""
 
-    @functools.cache  # the powers of two up to the longest list
-    def sized(size: int) -> Prepared:
-        return Prepared(statement.where(column.in_([sa.bindparam(f"of_{n}", type_=column.type) for n in range(size)])))
+    def __init__(self, statement: sa.Select[Any], column: sa.ColumnElement[Any]) -> None:
+        self._statement, self._column = statement, column
+        self._sized: dict[int, Prepared] = {}  # by the powers of two up to the longest list
 
-    def rows(connection: sa.Connection, values: Sequence[Any]) -> Rows:
+    def __call__(self, connection: sa.Connection, values: Sequence[Any], **parameters: object) -> Rows:
+        """The statement's rows for each of the values."""
+        prepared, given = self._for(values, parameters)
+        return prepared.all(connection, given)
+
+    def ask(self, connection: sa.Connection, values: Sequence[Any], **parameters: object) -> Callable[[], Rows]:
+        """As `Prepared.ask`."""
+        prepared, given = self._for(values, parameters)
+        return prepared.ask(connection, given)
+
+    def _for(self, values: Sequence[Any], parameters: Parameters) -> tuple[Prepared, Parameters]:
         wanted = padded(values)
-        return sized(len(wanted)).all(connection, {f"of_{n}": value for n, value in enumerate(wanted)})
-
-    return rows
+        size = len(wanted)
+        prepared = self._sized.get(size)
+        if prepared is None:
+            places = [sa.bindparam(f"of_{n}", type_=self._column.type) for n in range(size)]
+            prepared = self._sized[size] = Prepared(self._statement.where(self._column.in_(places)))
+        return prepared, {**{f"of_{n}": value for n, value in enumerate(wanted)}, **parameters}
 
 
 def padded(values: Sequence[T]) -> list[T]:
@@ -119,14 +171,14 @@ def padded(values: Sequence[T]) -> list[T]:
 
 
 def say(connection: sa.Connection, text: str) -> None:
-    """Run a statement without parameters and results."""
+    """Run a statement without parameters and results. On a connection that is pipelined its errors may come later."""
     try:
         _cursor(connection).execute(text)
     except connection.dialect.loaded_dbapi.Error as error:
         raise _translated(connection, text, error) from error
 
 
-def _compile(statement: sa.Select[Any] | sa.Insert | sa.Update, dialect: sa.Dialect, names: list[str]) -> _Compiled:
+def _compile(statement: Statement, dialect: sa.Dialect, names: list[str]) -> _Compiled:
     compiled = statement.compile(dialect=dialect, column_keys=names)
     assert isinstance(compiled, SQLCompiler)  # noqa: S101 - it is no DDL
     assert compiled.positiontup is not None  # noqa: S101 - see `engine.create_engine`
@@ -155,6 +207,19 @@ def _cursor(connection: sa.Connection) -> DBAPICursor:
     cursor: DBAPICursor | None = kept.get(_CURSOR)
     if cursor is None:
         cursor = kept[_CURSOR] = connection.connection.cursor()
+    return cursor
+
+
+def _queued(connection: sa.Connection, compiled: _Compiled, arguments: Sequence[list[Any]]) -> DBAPICursor:
+    """A cursor of its own: the answer is not here yet."""
+    try:
+        cursor = connection.connection.cursor()
+        if len(arguments) == 1:
+            cursor.execute(compiled.text, arguments[0])
+        else:
+            cursor.executemany(compiled.text, arguments)
+    except connection.dialect.loaded_dbapi.Error as error:
+        raise _translated(connection, compiled.text, error) from error
     return cursor
 
 

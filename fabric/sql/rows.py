@@ -3,12 +3,12 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Any, Final
 
 import sqlalchemy as sa
 
-from fabric.command import Command, Entry, Micros, Outcome, State
+from fabric.command import ANSWERED, SETTLED, Command, Entry, Outcome, State
 from fabric.model import Device, DeviceKey, DomainEvent, IssuedToken, LogRow, TimelineRow
 from fabric.sql import schema
 from topology.names import CommandId, DeviceId
@@ -21,11 +21,12 @@ TIMELINE_COLUMNS: Final = (
     _events.state, _events.at, _events.evidence, _events.detail, _events.changed, _events.version, _events.position,
 )  # fmt: skip
 LOG_COLUMNS: Final = (
-    _events.position, _events.kind, _events.device, _events.command, _events.version, _events.at, _events.document,
+    _events.position, _events.kind, _events.device, _events.command, _events.version, _events.at, _events.state,
+    _events.evidence, _events.detail, _events.changed, _events.document,
 )  # fmt: skip
 _DEVICE_FIELDS: Final = (
     "id", "cell", "generation", "enabled", "created_at", "version", "next_seq", "last_seen", "agent_version",
-    "connected", "connection_since",
+    "connected", "connection_since", "backlog",
 )  # fmt: skip
 
 
@@ -96,21 +97,9 @@ def command(row: Sequence[Any]) -> Command:
 
 
 def entry_event(entry: Entry, after: Command) -> Row:
-    """The event row of a command's timeline entry; `after` is the command it led to."""
-    document = {
-        "id": after.id,
-        "device": after.device,
-        "name": after.name,
-        "state": entry.state.value,
-        "reason": after.reason,
-        "late": after.late,
-        "seq": after.seq,
-        "attempt": after.attempt,
-        "evidence": entry.evidence,
-        "detail": entry.detail,
-        "at": rfc3339(entry.at),
-        "version": after.version,
-    }
+    """The event row of a command's timeline entry; `after` is the command it led to. Its document has what may
+    change again and is in no column; see `log_row` for the rest."""
+    document = {"reason": after.reason, "late": after.late, "attempt": after.attempt}
     return {
         "kind": f"command.{entry.state.value}" if entry.changed else "command.evidence",
         "device": after.device,
@@ -147,10 +136,33 @@ def timeline_row(row: Sequence[Any]) -> TimelineRow:
     return TimelineRow(Entry(State(state), at, evidence, detail, changed), version, position)
 
 
-def log_row(row: Sequence[Any]) -> LogRow:
-    """From `LOG_COLUMNS`."""
-    position, kind, device, command, version, at, document = row
-    return LogRow(position, kind, DeviceId(device), command and CommandId(command), version, at, json.loads(document))
+def log_row(
+    row: Sequence[Any], groups: tuple[str, ...], command: Command | None, timeline: Sequence[TimelineRow]
+) -> LogRow:
+    """From `LOG_COLUMNS`, the command as it is now, and its timeline, which may be longer."""
+    position, kind, device, _, version, at, state, evidence, detail, changed, document = row
+    if command is None:
+        return LogRow(position, kind, DeviceId(device), groups, version, at, None, json.loads(document), None)
+    until = tuple(entry for entry in timeline if entry.version <= version)
+    then = _command_at(command, State(state), version, json.loads(document), until)
+    return LogRow(position, kind, command.device, groups, version, at, evidence, detail, changed, then, until)
+
+
+def _command_at(
+    command: Command, state: State, version: int, document: Mapping[str, Any], timeline: Sequence[TimelineRow]
+) -> Command:
+    changes = [row.entry.at for row in timeline if row.entry.changed]
+    return replace(
+        command,
+        state=state,
+        reason=document["reason"],
+        late=document["late"],
+        attempt=document["attempt"],
+        settled_at=changes[-1] if state in SETTLED else None,
+        # It is there from the device's word on, and never changes.
+        outcome=command.outcome if state in ANSWERED else None,
+        version=version,
+    )
 
 
 def new_device(device: Device) -> Row:
@@ -172,18 +184,14 @@ def device(row: "sa.Row[Any]") -> Device:
 
 
 def device_key(row: "sa.Row[Any]") -> DeviceKey:
-    return DeviceKey(DeviceId(row.device), row.kid, json.loads(row.jwk), row.created_at, row.last_used)
+    return DeviceKey(DeviceId(row.device), row.kid, json.loads(row.jwk), row.created_at, row.last_used, row.parent)
 
 
 def issued_token(row: "sa.Row[Any]") -> IssuedToken:
     scopes = tuple(json.loads(row.scopes))
-    return IssuedToken(row.jti, row.subject, scopes, row.issued_at, row.expires_at, row.revoked_at)
-
-
-def rfc3339(at: Micros) -> str:
-    """UTC with microseconds."""
-    moment = datetime.fromtimestamp(at // 1_000_000, UTC).replace(microsecond=at % 1_000_000, tzinfo=None)
-    return moment.isoformat(timespec="microseconds") + "Z"
+    return IssuedToken(
+        row.jti, row.subject, scopes, row.issued_at, row.expires_at, row.revoked_at, row.parent, row.minter
+    )
 
 
 def as_json(value: object) -> str:

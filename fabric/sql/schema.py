@@ -5,6 +5,7 @@ text. The CHECK on a command's state comes from `fabric.command.State`, so that 
 transition table does not know.
 """
 
+from enum import StrEnum
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -13,6 +14,17 @@ from sqlalchemy.types import TypeDecorator
 from fabric.command import State
 
 STATES: Final = tuple(state.value for state in State)
+
+
+class Why(StrEnum):
+    """What a device's connections are closed for."""
+
+    SUSPENDED = "suspended"
+    REVOKED = "revoked"
+    ENROLLED_AGAIN = "enrolled-again"
+    DELETED = "deleted"
+    KEY_REVOKED = "key-revoked"
+    KEY_RETIRED = "key-retired"
 
 
 class CleanText(TypeDecorator[str]):
@@ -81,6 +93,8 @@ devices = sa.Table(
     sa.Column("agent_version", _Text),
     sa.Column("connected", sa.Boolean(), nullable=False),
     sa.Column("connection_since", _Int),
+    sa.Column("backlog", _Int),  # commands that may wait for it; NULL: the fabric's default
+    sa.Column("renewed_at", _Int),  # when this generation followed another; NULL: the device was made with it
 )
 
 # The last generation of every id there ever was; a deleted device leaves its row here.
@@ -99,6 +113,8 @@ device_keys = sa.Table(
     sa.Column("jwk", _Text, nullable=False),
     sa.Column("created_at", _Int, nullable=False),
     sa.Column("last_used", _Int),
+    sa.Column("parent", _Text),  # the key that authorized it, which may be gone; NULL: an enrollment did
+    sa.Column("retired_at", _Int),  # good for nothing since then, but still the parent of others
 )
 
 codes = sa.Table(
@@ -119,6 +135,35 @@ logins = sa.Table(
     sa.Column("first_use", _Int, nullable=False),
     sa.Column("last_use", _Int, nullable=False),
     sa.Column("expires_at", _Int, nullable=False, index=True),
+    sa.Column("admitted_at", _Int),  # NULL: it was not let in
+    sa.Column("repeated_at", _Int),  # of the broker's second question about it
+)
+
+# The connections of devices as the broker tells of them: `fabric.presence.Session`. One that has ended is kept a while.
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("node", _Text, primary_key=True),
+    sa.Column("name", _Text, primary_key=True, index=True),
+    sa.Column("opened_at", _Int, primary_key=True),
+    sa.Column("device", _Text, sa.ForeignKey("devices.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("cell", _Text, nullable=False),
+    sa.Column("pid", _Text),
+    sa.Column("seen_at", _Int, nullable=False),
+    sa.Column("replaced_at", _Int),
+    sa.Column("ended_at", _Int),
+)
+
+# What is remembered of a device between its logins: `fabric.identity.admission.Guard`.
+guards = sa.Table(
+    "guards",
+    metadata,
+    sa.Column("device", _Text, sa.ForeignKey("devices.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("logins_full_at", _Int, nullable=False),
+    sa.Column("takeovers", _Text, nullable=False),  # a JSON array of times
+    sa.Column("contested_until", _Int, nullable=False),
+    sa.Column("throttled_until", _Int, nullable=False),
+    sa.Column("strikes", _Int, nullable=False),
 )
 
 tokens = sa.Table(
@@ -130,6 +175,17 @@ tokens = sa.Table(
     sa.Column("issued_at", _Int, nullable=False),
     sa.Column("expires_at", _Int, nullable=False),
     sa.Column("revoked_at", _Int),
+    sa.Column("parent", _Text, index=True),  # the token it was made with
+    sa.Column("minter", _Text, index=True),  # the external identity that it was made by
+    sa.Index("ix_tokens_subject", "subject"),
+)
+
+# External identities whose tokens count only when they were issued later; kept for as long as one could live.
+revoked_identities = sa.Table(
+    "revoked_identities",
+    metadata,
+    sa.Column("identity", _Text, primary_key=True),
+    sa.Column("not_before", _Int, nullable=False, index=True),
 )
 
 closures = sa.Table(
@@ -137,6 +193,17 @@ closures = sa.Table(
     metadata,
     sa.Column("id", _Serial, primary_key=True, autoincrement=True),
     sa.Column("device", _Text, nullable=False),
+    sa.Column("why", _Text, nullable=False),
+    sa.CheckConstraint("why IN ({})".format(", ".join(f"'{why}'" for why in Why)), name="why"),
+    sqlite_autoincrement=True,
+)
+
+# What was taken away and is not known to be in the revocation log yet: `fabric.identity.revoked`.
+unlogged = sa.Table(
+    "unlogged",
+    metadata,
+    sa.Column("id", _Serial, primary_key=True, autoincrement=True),
+    sa.Column("line", _Text, nullable=False),  # a JSON object
     sqlite_autoincrement=True,
 )
 
@@ -181,6 +248,19 @@ commands = sa.Table(
 )
 
 
+# Which command an issuer's `Idempotency-Key` stands for, and the request it was made with. `key` is a digest of
+# the device, the issuer and what the issuer sent.
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("key", _Text, primary_key=True),
+    sa.Column("device", _Text, sa.ForeignKey("devices.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("fingerprint", _Text, nullable=False),
+    sa.Column("command", _Text, nullable=False),
+    sa.Column("expires_at", _Int, nullable=False, index=True),
+)
+
+
 def _where(condition: str) -> Any:
     return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
@@ -193,6 +273,13 @@ sa.Index(
     commands.c.deadline,
     **_where("state IN ('accepted', 'queued', 'cancelled')"),
 )
+sa.Index(
+    "ix_commands_supersedes",
+    commands.c.device,
+    commands.c.supersedes,
+    **_where("supersedes IS NOT NULL AND state IN ('accepted', 'queued')"),
+)
+sa.Index("ix_commands_settled_at", commands.c.settled_at, **_where("settled_at IS NOT NULL"))
 sa.Index("ix_commands_by_time", commands.c.accepted_at, commands.c.id)
 sa.Index("ix_commands_by_device", commands.c.device, commands.c.accepted_at, commands.c.id)
 sa.Index("ix_commands_by_issuer", commands.c.issuer, commands.c.accepted_at, commands.c.id)
@@ -217,6 +304,8 @@ events = sa.Table(
     sqlite_autoincrement=True,
 )
 sa.Index("ix_events_unsequenced", events.c.id, **_where("position IS NULL"))
+sa.Index("ix_events_of_devices", events.c.at, **_where("command IS NULL"))
+sa.Index("ix_events_of_deletions", events.c.device, **_where("kind = 'device.deleted'"))
 sa.Index("ix_events_command", events.c.command, events.c.id, **_where("command IS NOT NULL"))
 
 # `position` is the last one given, `published` the last one marked published.
@@ -228,6 +317,14 @@ leases = sa.Table(
     sa.Column("until", _Int, nullable=False),
     sa.Column("position", _Int, nullable=False),
     sa.Column("published", _Int, nullable=False),
+)
+
+# Each gateway that serves, until its lease runs out.
+gateways = sa.Table(
+    "gateways",
+    metadata,
+    sa.Column("id", _Text, primary_key=True),
+    sa.Column("until", _Int, nullable=False),
 )
 
 quarantine = sa.Table(
@@ -242,3 +339,57 @@ quarantine = sa.Table(
     sa.Column("body", sa.LargeBinary(), nullable=False),
     sqlite_autoincrement=True,
 )
+
+# Who did what. Rows are added, never changed, and deleted only when they are older than `AUDIT_KEPT`: the database
+# itself refuses the rest, by its own clock.
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("position", _Serial, primary_key=True, autoincrement=True),
+    sa.Column("at", _Int, nullable=False),
+    sa.Column("kind", _Text, nullable=False),
+    sa.Column("subject", _Text),
+    sa.Column("issuer", _Text),
+    sa.Column("jti", _Text),
+    sa.Column("address", _Text),
+    sa.Column("request", _Text),
+    sa.Column("action", _Text, nullable=False),
+    sa.Column("device", _Text),
+    sa.Column("outcome", _Text, nullable=False),
+    sa.Column("detail", _Text, nullable=False),  # a JSON object
+    sqlite_autoincrement=True,
+)
+sa.Index("ix_audit_by_time", audit.c.at, audit.c.position)
+sa.Index("ix_audit_by_device", audit.c.device, audit.c.at, audit.c.position, **_where("device IS NOT NULL"))
+sa.Index("ix_audit_by_subject", audit.c.subject, audit.c.at, audit.c.position)
+sa.Index("ix_audit_by_action", audit.c.action, audit.c.at, audit.c.position)
+
+AUDIT_KEPT: Final = 90 * 86_400  # seconds
+_REFUSED = "'the audit is append-only'"
+_GUARDS: Final = {
+    "sqlite": (
+        f"CREATE TRIGGER audit_update BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, {_REFUSED}); END",
+        f"""CREATE TRIGGER audit_delete BEFORE DELETE ON audit
+        WHEN OLD.at >= (CAST(strftime('%s', 'now') AS INTEGER) - {AUDIT_KEPT}) * 1000000
+        BEGIN SELECT RAISE(ABORT, {_REFUSED}); END""",
+        # INSERT OR REPLACE deletes without that trigger.
+        f"""CREATE TRIGGER audit_replace BEFORE INSERT ON audit
+        WHEN EXISTS (SELECT 1 FROM audit WHERE position = NEW.position)
+        BEGIN SELECT RAISE(ABORT, {_REFUSED}); END""",  # noqa: S608 - of constants
+    ),
+    "postgresql": (
+        f"""CREATE OR REPLACE FUNCTION audit_is_append_only() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF TG_OP = 'DELETE' AND OLD.at < (extract(epoch FROM clock_timestamp()) - {AUDIT_KEPT}) * 1000000 THEN
+        RETURN OLD; END IF; RAISE EXCEPTION {_REFUSED}; END $$""",
+        """CREATE TRIGGER audit_change BEFORE UPDATE OR DELETE ON audit
+        FOR EACH ROW EXECUTE FUNCTION audit_is_append_only()""",
+        """CREATE TRIGGER audit_truncate BEFORE TRUNCATE ON audit
+        FOR EACH STATEMENT EXECUTE FUNCTION audit_is_append_only()""",
+    ),
+}
+
+
+@sa.event.listens_for(audit, "after_create")
+def _guard_audit(_: sa.Table, connection: sa.Connection, **__: object) -> None:
+    for statement in _GUARDS[connection.dialect.name]:
+        connection.exec_driver_sql(statement)
