@@ -5,12 +5,17 @@ Existence, enabled, key and token are decided here and nowhere else; what the co
 login or forbids it.
 """
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fabric.clock import Clock
 from fabric.errors import Invalid, Unauthenticated
 from fabric.identity import tokens
+from fabric.identity.admission import Admission
+from fabric.identity.takeover import Admissions
 from fabric.identity.tokens import Claims, Unverified
 from fabric.ports import Registry
 from topology import enrollment, names
@@ -18,6 +23,8 @@ from topology.names import DeviceId
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 8  # logins that are decided at the same time: more than the threads that read the registry for them
+TURN_WITHIN = 1.5  # seconds: the broker is answered within 2.5 in any case
 FIRST_USE_LIFE = 15_000_000  # µs: the broker asks twice for one login, and retries at most so long
 
 
@@ -30,11 +37,12 @@ class Audiences:
 class DeviceLogins:
     """Verifies device tokens, for the broker (`login`) and for HTTP (`bearer`)."""
 
-    def __init__(self, registry: Registry, clock: Clock, audiences: Audiences) -> None:
-        self._registry, self._clock, self._audiences = registry, clock, audiences
+    def __init__(self, registry: Registry, clock: Clock, audiences: Audiences, admissions: Admissions) -> None:
+        self._registry, self._clock, self._audiences, self._admissions = registry, clock, audiences, admissions
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def login(self, username: str, password: str) -> Claims:
-        """Allow an AMQP login.
+        """Allow an AMQP login, once the device's older connections are closed.
 
         Raises:
             Unauthenticated: denied; the text is for the log, never for the one who asked.
@@ -42,8 +50,28 @@ class DeviceLogins:
         """
         if not names.is_device(username):
             raise Unauthenticated("the user name is no device id")
-        device = DeviceId(username)
-        claims = await self._verify(device, password, self._audiences.mq, enrollment.AMQP_TOKEN_LIFE)
+        device, token = DeviceId(username), tokens.examine(password)  # what is no token waits for nothing
+        async with self._turn():
+            claims, admission = await self._decide(device, token)
+        await self._admissions.make_room(device, admission)
+        return claims
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One of so many at once. When a whole fleet comes back, those that can't be served in time must cost nothing:
+        what is begun for all of them is finished for none before the broker gives up."""
+        try:
+            async with asyncio.timeout(TURN_WITHIN):
+                await self._turns.acquire()
+        except TimeoutError as error:
+            raise Unauthenticated("too many devices log in at once; it comes again") from error
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    async def _decide(self, device: DeviceId, token: Unverified) -> tuple[Claims, Admission]:
+        claims = await self._check(device, token, self._audiences.mq, enrollment.AMQP_TOKEN_LIFE)
         now = self._clock.now()
         expires = (claims.exp + enrollment.CLOCK_LEEWAY) * 1_000_000
         found = await self._registry.login(device, claims.kid, claims.jti, now, expires)
@@ -53,7 +81,7 @@ class DeviceLogins:
             raise Unauthenticated("the device is suspended")
         if now - found.first_use > FIRST_USE_LIFE:
             raise Unauthenticated("the token was used before; each connection needs one of its own")
-        return claims
+        return claims, await self._admissions.decide(device, claims.jti)
 
     async def bearer(self, token: Unverified) -> Claims:
         """Verify a device's token for HTTP. Raises `Unauthenticated`."""
@@ -65,9 +93,6 @@ class DeviceLogins:
         if found is None or not found.enabled:
             raise Unauthenticated("the device is suspended or gone")
         return claims
-
-    async def _verify(self, device: DeviceId, password: str, audience: str, longest: int) -> Claims:
-        return await self._check(device, tokens.examine(password), audience, longest)
 
     async def _check(self, device: DeviceId, token: Unverified, audience: str, longest: int) -> Claims:
         if token.typ != enrollment.DEVICE_TOKEN_TYPE:

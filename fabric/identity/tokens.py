@@ -7,12 +7,13 @@ ignored, `scope` of a device token above all: a device's rights are fixed.
 
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jwt
 
 from fabric.errors import Unauthenticated
+from fabric.identity.jwks import PublicKey
 from fabric.identity.keys import public_key
 from topology import enrollment
 
@@ -24,14 +25,15 @@ _FORBIDDEN = ("jwk", "jku", "x5u", "x5c", "x5t", "x5t#S256", "crit", "b64", "zip
 
 @dataclass(frozen=True, slots=True)
 class Unverified:
-    """What a token says of itself, before anything of it is believed."""
+    """What a token says of itself, before anything of it is believed. Only an external provider's may have no `jti`."""
 
     token: str
+    alg: str
     typ: str
     kid: str
     iss: str
     sub: str
-    jti: str
+    jti: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +61,19 @@ def examine(token: str) -> Unverified:
     present = [name for name in _FORBIDDEN if name in header]
     if present:
         raise Unauthenticated(f"the token's header has '{present[0]}', which is not accepted")
-    if header.get("alg") != enrollment.ALGORITHM:
-        raise Unauthenticated(f"the token's 'alg' is not {enrollment.ALGORITHM}")
     return Unverified(
         token,
+        alg=_text(header, "alg"),
         typ=_text(header, "typ"),
         kid=_text(header, "kid"),
         iss=_text(payload, "iss"),
         sub=_text(payload, "sub"),
-        jti=_text(payload, "jti"),
+        jti=_text(payload, "jti") if "jti" in payload else None,
     )
 
 
 def verify(token: Unverified, jwk: Mapping[str, str], audience: str, longest: int, now: int) -> Claims:
-    """The claims, once signature, audience and times hold.
+    """The claims of a device's or one of our own tokens, once signature, audience and times hold.
 
     Args:
         longest: seconds that such a token may live.
@@ -81,35 +82,53 @@ def verify(token: Unverified, jwk: Mapping[str, str], audience: str, longest: in
     Raises:
         Unauthenticated: says which of them does not hold.
     """
+    if token.alg != enrollment.ALGORITHM:
+        raise Unauthenticated(f"the token's 'alg' is not {enrollment.ALGORITHM}")
+    claims = signed_claims(token, public_key(jwk), ("iss", "sub", "aud", "iat", "exp", "jti"))
+    if claims["aud"] != audience:
+        raise Unauthenticated("the token is for another audience")
+    iat, exp, nbf = time(claims, "iat"), time(claims, "exp"), claims.get("nbf")
+    if exp - iat > longest or exp <= iat:
+        raise Unauthenticated(f"the token lives longer than the {longest} s allowed")
+    if iat > now + enrollment.CLOCK_LEEWAY or (nbf is not None and time(claims, "nbf") > now + enrollment.CLOCK_LEEWAY):
+        raise Unauthenticated("the token is not valid yet; check the clock of whoever signed it")
+    if now >= exp + enrollment.CLOCK_LEEWAY:
+        raise Unauthenticated("the token has expired")
+    scope = claims.get("scope")
+    return Claims(token.sub, _text(claims, "jti"), iat, exp, token.kid, scope if isinstance(scope, str) else None)
+
+
+def signed_claims(token: Unverified, key: PublicKey, required: Sequence[str]) -> dict[str, object]:
+    """The claims, once the signature holds by the algorithm that the token says: the caller has compared that with
+    what it accepts, and compares the claims next.
+
+    Raises:
+        Unauthenticated: it does not, or one of the required claims is missing.
+    """
     try:
-        claims = jwt.decode(
+        return jwt.decode(
             token.token,
-            public_key(jwk),
-            algorithms=[enrollment.ALGORITHM],
-            # The times and the audience are checked below: on the fabric's clock, and exactly.
+            key,
+            algorithms=[token.alg],
+            # The times and the audience are the caller's: on the fabric's clock, and exactly.
             options={
                 "verify_aud": False,
                 "verify_exp": False,
                 "verify_iat": False,
                 "verify_nbf": False,
-                "require": ["iss", "sub", "aud", "iat", "exp", "jti"],
+                "require": list(required),
             },
         )
     except (jwt.PyJWTError, ValueError, TypeError) as error:
         raise Unauthenticated(f"the token's signature or form does not hold: {type(error).__name__}") from None
-    if claims["aud"] != audience:
-        raise Unauthenticated("the token is for another audience")
-    iat, exp, nbf = _time(claims, "iat"), _time(claims, "exp"), claims.get("nbf")
-    if exp - iat > longest or exp <= iat:
-        raise Unauthenticated(f"the token lives longer than the {longest} s allowed")
-    if iat > now + enrollment.CLOCK_LEEWAY or (
-        nbf is not None and _time(claims, "nbf") > now + enrollment.CLOCK_LEEWAY
-    ):
-        raise Unauthenticated("the token is not valid yet; check the clock of whoever signed it")
-    if now >= exp + enrollment.CLOCK_LEEWAY:
-        raise Unauthenticated("the token has expired")
-    scope = claims.get("scope")
-    return Claims(token.sub, token.jti, iat, exp, token.kid, scope if isinstance(scope, str) else None)
+
+
+def time(claims: Mapping[str, object], name: str) -> int:
+    """A claim in epoch seconds. Raises `Unauthenticated`."""
+    value = claims[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**40:
+        raise Unauthenticated(f"the token's '{name}' is not a time")
+    return int(value)
 
 
 def _part(token: str, index: int) -> dict[str, object]:
@@ -137,10 +156,3 @@ def _text(part: Mapping[str, object], name: str) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= 255 or not value.isprintable():
         raise Unauthenticated(f"the token has no usable '{name}'")
     return value
-
-
-def _time(claims: Mapping[str, object], name: str) -> int:
-    value = claims[name]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**40:
-        raise Unauthenticated(f"the token's '{name}' is not a time")
-    return int(value)

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import httpx
 
 from fabric.errors import BrokerUnavailable, FabricError
+from fabric.presence import Listed
 from topology import names
 from topology.layout import Policy
 
@@ -56,10 +57,16 @@ class ManagementClient:
         await self._call("DELETE", path)
         return len(found) if isinstance(found, list) else 0
 
-    async def connected_users(self) -> frozenset[str]:
-        """The users that have a connection, from the broker's statistics: up to about 5 s old."""
-        found = await self._call("GET", "/api/connections?columns=user")
-        return frozenset(row["user"] for row in found if "user" in row) if isinstance(found, list) else frozenset()
+    async def connections(self) -> list[Listed]:
+        """All connections, from the broker's statistics: up to about 5 s old. Those that have ended are not in it."""
+        columns = "user,node,name,connected_at,recv_oct,send_oct"
+        found = await self._call("GET", f"/api/connections?columns={columns}")
+        listed = [_listed(row) for row in found] if isinstance(found, list) else []
+        return [each for each in listed if each is not None]
+
+    async def close_connection(self, name: str) -> None:
+        """Close one that `connections` shows. It follows the same statistics, so a younger one is not found."""
+        await self._call("DELETE", f"/api/connections/{quote(name, safe='')}")
 
     async def put_policy(self, policy: Policy) -> None:
         """Create or replace a policy of the vhost."""
@@ -69,28 +76,6 @@ class ManagementClient:
             "definition": dict(policy.definition),
         }
         await self._call("PUT", f"/api/policies/{self._vhost}/{quote(policy.name, safe='')}", body)
-
-    async def list_policies(self) -> list[Policy]:
-        """The policies of the vhost."""
-        found = await self._call("GET", f"/api/policies/{self._vhost}")
-        listed = found if isinstance(found, list) else []
-        return [Policy(row["name"], row["pattern"], row["apply-to"], row["definition"]) for row in listed]
-
-    async def uptime(self) -> float:
-        """Seconds since the broker (of several nodes: the youngest one) started.
-
-        Taken from its statistics: it grows in steps of about 5 s and is 0 at first. A broker whose uptime is
-        shorter than the time since it was last asked has been restarted.
-
-        Raises:
-            BrokerUnavailable: no node runs.
-        """
-        found = await self._call("GET", "/api/nodes?columns=name,running,uptime")
-        listed = found if isinstance(found, list) else []
-        running = [row.get("uptime", 0) / 1000 for row in listed if row.get("running")]
-        if not running:
-            raise BrokerUnavailable("the management API knows no running node")
-        return float(min(running))
 
     async def close(self) -> None:
         """Close the HTTP connections. Closing twice is closing once."""
@@ -121,3 +106,19 @@ class ManagementClient:
         if answer.is_server_error or answer.status_code == httpx.codes.TOO_MANY_REQUESTS:
             raise BrokerUnavailable(said)
         raise ManagementRefused(said)
+
+
+def _listed(row: object) -> Listed | None:
+    """None for a connection of which the statistics have only a part yet."""
+    match row:
+        case {
+            "user": str(user),
+            "node": str(node),
+            "name": str(name),
+            "connected_at": int(opened_at),
+            "recv_oct": int(received),
+            "send_oct": int(sent),
+        }:
+            return Listed(user, node, name, opened_at * 1000, received + sent)
+        case _:
+            return None
