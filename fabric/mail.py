@@ -8,6 +8,7 @@ import asyncio
 import logging
 
 from fabric import command as life
+from fabric import context
 from fabric.clock import Clock
 from fabric.command import Command
 from fabric.errors import NoMailbox, PublishFailed, Temporary
@@ -29,11 +30,12 @@ class Postman:
     async def carry(self, command: Command) -> None:
         """Publish the command's present attempt. Never raises for a broker or a ledger that is away: the
         attempt then counts as of unknown fate, and the republisher takes over."""
+        context.command.set(command.id)
         event = await self._attempt(command)
         try:
             await self._ledger.write(Change(command.id, event))
         except Temporary as error:
-            log.warning("attempt.unrecorded command=%s attempt=%d error=%s", command.id, command.attempt, error)
+            log.warning("attempt.unrecorded attempt=%d error=%s", command.attempt, error)
 
     async def _attempt(self, command: Command) -> life.Event:
         message = wire.encode_command(to_wire(command), self._clock.now_ms())

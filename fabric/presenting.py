@@ -3,6 +3,7 @@
 Times are RFC 3339 UTC with microseconds, durations seconds.
 """
 
+import functools
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,7 +24,12 @@ Document = dict[str, object]
 def time(at: Micros) -> str:
     """What lies past the year 9999 (a device may say so) is shown as its end."""
     seconds, micros = divmod(min(at, _LATEST), SECOND)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{micros:06d}Z"
+    return f"{_second(seconds)}.{micros:06d}Z"
+
+
+@functools.lru_cache(maxsize=256)  # what is told together happened in the same few seconds
+def _second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def optional_time(at: Micros | None) -> str | None:
@@ -71,6 +77,7 @@ def command(command: Command, timeline: Sequence[TimelineRow], *, brief: bool = 
         "response_timeout": seconds(command.response_timeout),
         "claim": command.claim,
         "supersedes": command.supersedes,
+        "traceparent": command.traceparent,
         "timeline": [
             {"state": row.entry.state.value, "at": time(row.entry.at), "evidence": row.entry.evidence}
             for row in timeline

@@ -1,7 +1,7 @@
 """Telemetry as it comes over HTTP, and as it is read back from the stream."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
 from fabric import ids, presenting
@@ -40,7 +40,13 @@ class Telemetry:
     def __init__(self, publisher: Publisher, streams: StreamReader, clock: Clock) -> None:
         self._publisher, self._streams, self._clock = publisher, streams, clock
 
-    async def publish(self, device: DeviceId, channel: str, readings: list[tuple[bytes, str, int | None]]) -> None:
+    async def publish(
+        self,
+        device: DeviceId,
+        channel: str,
+        readings: list[tuple[bytes, str, int | None]],
+        traceparent: str | None = None,
+    ) -> None:
         """Publish readings `(body, content type, epoch ms or None for now)` in order, each confirmed.
 
         Raises:
@@ -49,15 +55,25 @@ class Telemetry:
         now = self._clock.now_ms()
         key = names.telemetry_key(device, channel)
         messages = [
-            wire.encode_reading(wire.Reading(ids.uuid7(now), body, content_type, at or now), access.GATEWAY)
+            wire.encode_reading(
+                wire.Reading(ids.uuid7(now), body, content_type, at or now, traceparent=traceparent), access.GATEWAY
+            )
             for body, content_type, at in readings
         ]
         await asyncio.gather(*(self._publisher.publish(names.UPLINK, key, message) for message in messages))
 
     async def read(
-        self, start: str | int, *, device: DeviceId | None, channel: str | None, limit: int, idle: float
+        self,
+        start: str | int,
+        *,
+        device: DeviceId | None,
+        channel: str | None,
+        limit: int,
+        idle: float,
+        seen: Callable[[Reading], Awaitable[bool]],
     ) -> AsyncGenerator[Reading, None]:
-        """Readings from `first`, `next` or an offset, until `limit` are read or none came for `idle` seconds."""
+        """Readings from `first`, `next` or an offset, until `limit` are read or none came for `idle` seconds. Those
+        that are not to be seen are left out."""
         async with self._streams.read(names.TELEMETRY, start) as deliveries:
             given = 0
             while given < limit:
@@ -69,6 +85,8 @@ class Telemetry:
                 await delivery.ack()
                 reading = _reading(delivery)
                 if reading is None or device not in (None, reading.device) or channel not in (None, reading.channel):
+                    continue
+                if not await seen(reading):
                     continue
                 given += 1
                 yield reading

@@ -6,9 +6,11 @@ again. It may be lost with its exchange's transient queue: every waiter also loo
 
 import asyncio
 import json
+import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Protocol
 
 from fabric import presenting
 from fabric.command import SETTLED, Command
@@ -20,6 +22,20 @@ from topology import names
 from topology.names import CommandId
 from topology.wire import JSON, Message
 
+
+class Right(Protocol):
+    """What lets somebody wait."""
+
+    async def check(self) -> object:
+        """Raises when it is lost."""
+        ...
+
+    def watched(self, lost: Callable[[], None]) -> AbstractAsyncContextManager[object]:
+        """Within it, `lost` is called at once when the right is taken away; a `check` then raises. Raises on entering
+        when it was lost meanwhile."""
+        ...
+
+
 LOOK_EVERY = 1.0  # seconds: how late a lost wake-up can make an answer
 LARGEST = 64 * 1024  # bytes of a document in a wake-up; a larger one is read from the ledger
 
@@ -30,6 +46,16 @@ class Waiters:
     def __init__(self, read: Callable[[CommandId], Awaitable[Document | None]]) -> None:
         self._read = read
         self._waiting: defaultdict[CommandId, set[Waiter]] = defaultdict(set)
+        self.latest = math.inf  # when every wait ends, on the event loop's clock
+
+    def end(self, within: float) -> None:
+        """Let nobody wait longer than so many seconds from now (or a look later): the process is about to end."""
+        self.latest = asyncio.get_running_loop().time() + within
+
+    @property
+    def open(self) -> int:
+        """How many requests wait."""
+        return sum(map(len, self._waiting.values()))
 
     async def on_delivery(self, delivery: Delivery) -> None:
         """Handle a message of the `wake` exchange; one that can't be read only costs a second's wait."""
@@ -74,11 +100,21 @@ class Waiter:
         self._document = document
         self._event.set()
 
-    async def settled(self, seconds: float) -> Document | None:
-        """The command once it is settled, or as it is when the time is up; None when it is unknown."""
+    async def settled(self, seconds: float, right: Right | None = None) -> Document | None:
+        """The command once it is settled, or as it is when the time is up; None when it is unknown.
+
+        Raises what the `check` of `right` does, which is asked at each look.
+        """
+        if right is None:
+            return await self._settled(seconds, None)
+        async with right.watched(self._event.set):
+            return await self._settled(seconds, right)
+
+    async def _settled(self, seconds: float, right: Right | None) -> Document | None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
+        wanted = loop.time() + seconds
         while True:
+            end = min(wanted, self._waiters.latest)
             remaining = end - loop.time()
             if remaining > 0:
                 with suppress(TimeoutError):
@@ -87,6 +123,8 @@ class Waiter:
             if self._document is not None:
                 return self._document
             self._event.clear()
+            if right is not None:
+                await right.check()
             found = await self._waiters.read(self._command)
             if found is None or is_settled(found) or loop.time() >= end:
                 return found

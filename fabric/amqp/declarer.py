@@ -59,6 +59,18 @@ async def declare_queue(channel: AbstractChannel, queue: layout.Queue) -> int:
     return answer.message_count or 0
 
 
+async def counts(link: Link, queue: str) -> tuple[int, int]:
+    """How many messages of a queue are ready, and how many consumers it has, now; the broker's statistics are older.
+
+    Raises:
+        QueueMissing: there is no such queue.
+        BrokerUnavailable: the connection was lost, or the broker did not answer.
+    """
+    async with link.throwaway() as channel:
+        answer = await call(f"asking for the queue '{queue}'", channel.queue_declare(queue, passive=True))
+    return answer.message_count or 0, answer.consumer_count or 0
+
+
 async def bind(channel: AbstractChannel, binding: layout.Binding) -> None:
     request = channel.queue_bind(binding.queue, binding.exchange, binding.key)
     await call(f"binding '{binding.queue}' to '{binding.exchange}'", request)

@@ -1,7 +1,7 @@
 """Finds streams that the broker has lost, and makes them anew."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from fabric.amqp.connection import Link, call
 from fabric.amqp.declarer import bind, declare_queue
@@ -13,8 +13,13 @@ from topology.wire import Message
 _log = logging.getLogger(__name__)
 
 
-async def mend_streams(link: Link, queues: Sequence[layout.Queue] = layout.QUEUES) -> None:
-    """Make anew the streams that the broker has lost; a callback for `Link.on_connect`, after `declare_topology`.
+async def mend_streams(
+    link: Link, on_new: Callable[[str], Awaitable[None]], queues: Sequence[layout.Queue] = layout.QUEUES
+) -> None:
+    """Make anew the streams that the broker has lost; for a callback of `Link.on_connect`, after `declare_topology`.
+
+    `on_new` is awaited, once or twice, for each stream that has nothing in it, before anything is: the broker may have
+    lost its disk.
 
     Measured on RabbitMQ 4.3.6: a node that is killed within a moment of a stream's first declaration forgets its log
     and keeps its queue. Declaring it again is then answered with success, and yet every publish that is routed to
@@ -22,8 +27,15 @@ async def mend_streams(link: Link, queues: Sequence[layout.Queue] = layout.QUEUE
     message of the type `probe`, over a connection that may be lost.
     """
     for queue in queues:
-        if queue.arguments.get("x-queue-type") == "stream" and await _is_lost(link, queue.name):
+        if queue.arguments.get("x-queue-type") != "stream":
+            continue
+        async with link.throwaway() as channel:
+            known = await call(f"asking for the stream '{queue.name}'", channel.queue_declare(queue.name, passive=True))
+        if not known.message_count:
+            await on_new(queue.name)
+        if await _is_lost(link, queue.name):
             _log.warning("stream-lost queue=%s what='made anew; what was in it is gone'", queue.name)
+            await on_new(queue.name)
             async with link.throwaway() as channel:
                 await call(f"deleting the lost stream '{queue.name}'", channel.queue_delete(queue.name))
                 await declare_queue(channel, queue)

@@ -8,7 +8,10 @@ import logging
 import re
 
 from fabric import command as life
+from fabric.authorities import Pinned
 from fabric.clock import Clock
+from fabric.errors import Temporary
+from fabric.keyring import Keys
 from fabric.model import Change, Changed, DomainEvent, Dropped
 from fabric.ports import Delivery, Ledger, Publisher, Registry
 from fabric.uplink import Inbox
@@ -17,6 +20,8 @@ from topology import names, wire
 from topology.names import DeviceId
 
 log = logging.getLogger(__name__)
+
+_REMEMBERED = 1_000  # conflicts that are not reported again
 
 # What the broker makes of `amq.rabbitmq.reply-to` when it passes a message on.
 _DIRECT = re.compile(re.escape(names.DIRECT_REPLY_TO) + r"\.[A-Za-z0-9+/=._-]{1,220}", re.ASCII)
@@ -33,9 +38,15 @@ class Claims:
         registry: Registry,
         publisher: Publisher,
         clock: Clock,
+        keys: Keys,
+        authorities: Pinned,
     ) -> None:
+        """`keys` are those that sign commands; their private halves are not needed. `authorities` are what devices are
+        pinned to."""
         self._inbox, self._recorder, self._ledger = inbox, recorder, ledger
         self._registry, self._publisher, self._clock = registry, publisher, clock
+        self._keys, self._authorities = keys, authorities
+        self._conflicts: set[tuple[str, ...]] = set()
 
     async def on_delivery(self, delivery: Delivery) -> None:
         answer = await self._answer(delivery)
@@ -59,7 +70,11 @@ class Claims:
     async def _welcome(self, hello: wire.Hello, device: DeviceId) -> wire.Message:
         await self._registry.seen(device, self._clock.now(), hello.agent_version)
         incarnation = await self._ledger.incarnation()
-        return wire.encode_welcome(wire.Welcome(hello.correlation, self._clock.now_ms(), incarnation, wire.VERSION))
+        keys = self._keys.announcements(hello.keys_version)
+        authorities = self._authorities.announcements(hello.authorities_version)
+        return wire.encode_welcome(
+            wire.Welcome(hello.correlation, self._clock.now_ms(), incarnation, wire.VERSION, keys, authorities)
+        )
 
     async def _decide(self, claim: wire.Claim, device: DeviceId) -> wire.Message:
         changes = [Change(id, life.Claimed(claim.agent), device) for id in claim.commands]
@@ -71,14 +86,28 @@ class Claims:
                 granted.append(id)
             else:
                 refused[id] = refusal
-        if "taken" in refused.values():
-            log.warning("device.identity-conflict device=%s agent=%s", device, claim.agent)
-            await self._registry.record(
-                DomainEvent("device.identity-conflict", device, self._clock.now(), {"agent": claim.agent})
-            )
+        for result in results:
+            if isinstance(result, Changed) and result.step.verdict is life.Verdict.TAKEN:
+                await self._report_conflict(device, result.step.command.holder or "", claim.agent)
         return wire.encode_claim_answer(
             wire.ClaimAnswer(claim.correlation, tuple(granted), refused, self._clock.now_ms())
         )
+
+    async def _report_conflict(self, device: DeviceId, holder: str, agent: str) -> None:
+        """Two agents have the device's key. Said once for each pair, as far as this worker remembers."""
+        pair = (device, *sorted((holder, agent)))
+        if pair in self._conflicts:
+            return
+        if len(self._conflicts) >= _REMEMBERED:
+            self._conflicts.clear()
+        self._conflicts.add(pair)
+        log.warning("device.identity-conflict device=%s holder=%.64r agent=%.64r", device, holder, agent)
+        detail = {"holder": holder, "agent": agent}
+        try:
+            await self._registry.record(DomainEvent("device.identity-conflict", device, self._clock.now(), detail))
+        except Temporary:
+            self._conflicts.discard(pair)
+            raise
 
 
 def _refusal(result: Changed | Dropped) -> str | None:

@@ -10,21 +10,21 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from fabric import command as life
+from fabric import events
 from fabric.clock import Clock
 from fabric.errors import Temporary
 from fabric.mail import Republisher
-from fabric.model import Change
-from fabric.ports import BrokerAdmin, Ledger, Publisher, Registry
+from fabric.model import Change, LogRow
+from fabric.ports import Ledger, Publisher
 from fabric.worker.gate import Gate
 from fabric.worker.reports import Recorder
 from topology import names, wire
-from topology.names import DeviceId
 
 log = logging.getLogger(__name__)
 
 BATCH = 500  # commands or events of one pass
+REFILLED = 100_000  # events that are published again to a stream that is found empty
 LEASE: life.Micros = 10_000_000  # of the sequencer
-SWEEPS = (0.0, 1.0, 11.0)  # seconds after a revocation: at once, past tracking, past the 10 s handshake time-out
 
 
 class Deadlines:
@@ -48,86 +48,48 @@ class Deadlines:
         return len(due) == BATCH
 
 
+async def refill(ledger: Ledger, stream: str) -> None:
+    """Have the newest events published again when the stream of events is found empty: what was in it is gone."""
+    if stream == names.EVENTS:
+        await ledger.publish_again(REFILLED)
+
+
 class Sequencer:
-    """Publishes the event log to the `events` stream, in the order of its positions, at least once."""
+    """Gives events their positions, and publishes them to the `events` stream in that order, at least once.
+
+    The two are passes of their own: positions are given, and told over HTTP, also while there is no broker.
+    """
 
     def __init__(self, owner: str, ledger: Ledger, publisher: Publisher) -> None:
         self._owner, self._ledger, self._publisher = owner, ledger, publisher
 
     async def run_once(self) -> bool:
-        rows = await self._ledger.sequence(self._owner, LEASE, BATCH)
-        if not rows:
-            return False
-        await asyncio.gather(
-            *(
-                self._publisher.publish(
-                    "",
-                    names.EVENTS,
-                    wire.Message(
-                        row.kind,
-                        {"v": wire.VERSION, "at": row.at // 1000, "position": row.position, "version": row.version},
-                        json.dumps({"position": row.position, "kind": row.kind, **row.document}).encode(),
-                        wire.JSON,
-                        message_id=str(row.position),
-                    ),
-                )
-                for row in rows
-            )
-        )
-        await self._ledger.sequenced(self._owner, rows[-1].position)
+        """Give positions; True when there may be more to do."""
+        return await self._ledger.sequence(self._owner, LEASE, BATCH) == BATCH
+
+    async def leave(self) -> None:
+        """Let the next worker go on at once: else it waits until the lease runs out."""
+        await self._ledger.leave_sequence(self._owner)
+
+    async def publish_once(self) -> bool:
+        """Publish what has a position; True when there may be more."""
+        # What has been read before a connection was lost must not come first in a stream that was made anew meanwhile.
+        async with self._publisher.in_order("", names.EVENTS) as publish:
+            rows = await self._ledger.unpublished(self._owner, BATCH)
+            if rows:
+                await publish([_message(row) for row in rows])
+                await self._ledger.sequenced(self._owner, rows[0].position, rows[-1].position)
         return len(rows) == BATCH
 
 
-class Closures:
-    """Closes the connections of devices that were deleted, suspended or revoked.
-
-    A connection in its handshake is not known to the broker yet, so each closure is swept three times; it
-    is done, and forgotten, after the last.
-    """
-
-    def __init__(self, registry: Registry, admin: BrokerAdmin) -> None:
-        self._registry, self._admin = registry, admin
-        self._swept: dict[int, tuple[float, int]] = {}
-
-    async def run_once(self) -> bool:
-        now = asyncio.get_running_loop().time()
-        open_closures = await self._registry.closures(BATCH)
-        ours = {id for id, _ in open_closures}
-        self._swept = {id: swept for id, swept in self._swept.items() if id in ours}  # others: done by another worker
-        for id, device in open_closures:
-            since, sweeps = self._swept.get(id, (now, 0))
-            if now - since < SWEEPS[sweeps]:
-                continue
-            await self._sweep(device)
-            self._swept[id] = (since, sweeps + 1)
-            if sweeps + 1 == len(SWEEPS):
-                await self._registry.closed([id])
-                del self._swept[id]
-        return False
-
-    async def _sweep(self, device: DeviceId) -> None:
-        closed = await self._admin.close_connections(device)
-        if closed:
-            log.info("connections.closed device=%s count=%d", device, closed)
-
-
-class Presence:
-    """Keeps what the registry says of devices' connections in line with the broker's statistics.
-
-    They are some seconds old, and so is what `GET /v1/devices/{id}` says of a connection.
-    """
-
-    def __init__(self, registry: Registry, admin: BrokerAdmin, clock: Clock) -> None:
-        self._registry, self._admin, self._clock = registry, admin, clock
-
-    async def run_once(self) -> None:
-        users = await self._admin.connected_users()
-        after: DeviceId | None = None
-        while page := await self._registry.devices(after, BATCH):
-            for device in page:
-                if device.connected != (device.id in users):
-                    await self._registry.connection(device.id, not device.connected, self._clock.now())
-            after = page[-1].id
+def _message(row: LogRow) -> wire.Message:
+    return wire.Message(
+        row.kind,
+        {"v": wire.VERSION, "at": row.at // 1000, "position": row.position, "version": row.version},
+        json.dumps(events.document(row), separators=(",", ":")).encode(),
+        wire.JSON,
+        message_id=str(row.position),
+    )
 
 
 class Reconciler:

@@ -19,14 +19,19 @@ class Gate:
 
     Args:
         depth: how many reports are ready now; None when the queue does not exist.
+        shed: how many reports were dropped, ever, since their devices were over the limit.
         connected: is the connection that consumes `reports` up?
     """
 
-    def __init__(self, depth: Callable[[], Awaitable[int | None]], connected: Callable[[], bool]) -> None:
-        self._depth, self._connected = depth, connected
+    def __init__(
+        self, depth: Callable[[], Awaitable[int | None]], shed: Callable[[], int], connected: Callable[[], bool]
+    ) -> None:
+        self._depth, self._shed, self._connected = depth, shed, connected
         self._backlog: int | None = None  # None: not known, since the consumer has not (re)started
         self._closed_since: float | None = None
         self._ready_since: float | None = None
+        self._handled = 0  # since the last look
+        self._shed_before = 0
 
     def started(self, depth: int) -> None:
         """The consumer of `reports` has (re)started and found so many messages."""
@@ -34,6 +39,7 @@ class Gate:
 
     def handled(self) -> None:
         """One report has been handled."""
+        self._handled += 1
         if self._backlog:
             self._backlog -= 1
 
@@ -51,9 +57,14 @@ class Gate:
         return now - self._closed_since >= WAIT_AT_MOST
 
     async def look(self) -> None:
-        """Follow the depth of `reports`; to be called every `LOOK_EVERY` seconds. Raises `Temporary`."""
+        """Follow the depth of `reports`; to be called every `LOOK_EVERY` seconds. Raises `Temporary`.
+
+        A lag that is made by a flood holds nothing back: other devices' deadlines don't wait for a throttled one.
+        """
         ready = await self._depth()
-        if not ready:
+        shed, self._shed_before = self._shed() - self._shed_before, self._shed()
+        handled, self._handled = self._handled, 0
+        if not ready or 2 * shed > handled:
             self._ready_since = None
         elif self._ready_since is None:
             self._ready_since = asyncio.get_running_loop().time()

@@ -1,12 +1,14 @@
 """Receipts, outcomes and dead letters: what devices and the broker say became of commands."""
 
+import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 from fabric import command as life
-from fabric.model import Change, Changed, Dropped
+from fabric.model import AFTER_REVOCATION, Change, Changed, Dropped
 from fabric.ports import Delivery, Ledger, Publisher
-from fabric.uplink import Inbox
+from fabric.uplink import Inbox, said_at
 from fabric.waiting import announce
 from topology import guard, names, wire
 from topology.names import CommandId, DeviceId
@@ -23,35 +25,42 @@ _STATUS = {
 
 
 class Recorder:
-    """Writes what happened to commands into the ledger and wakes those who wait for them."""
+    """Writes what happened to commands into the ledger and wakes those who wait for them.
+
+    Attributes:
+        odd: what was said of commands and did not count, or should not have been said, by reason.
+    """
 
     def __init__(self, ledger: Ledger, publisher: Publisher) -> None:
         self._ledger, self._publisher = ledger, publisher
+        self.odd: Counter[str] = Counter()
 
     async def record(self, *changes: Change, patience: float = 0.0) -> list[Changed | Dropped]:
         """Apply the changes, in order; announces every command that they settled. `patience` is the ledger's."""
         results = []
         for change, result in zip(changes, await self._ledger.write(*changes, patience=patience), strict=True):
             if isinstance(result, Dropped):
+                self.odd[result.reason] += 1
                 log.warning(
                     "report.dropped command=%s device=%s reason=%s", change.command, change.device, result.reason
                 )
             elif isinstance(result, Changed):
-                await self._follow_up(result)
+                self._note(result.step)
             else:
                 continue
             results.append(result)
+        settled = (result for result in results if isinstance(result, Changed) and result.step.settled)
+        # At once: a broker that takes nothing makes each wait its full time.
+        await asyncio.gather(*(announce(self._publisher, each.step.command, each.timeline) for each in settled))
         return results
 
-    async def _follow_up(self, changed: Changed) -> None:
-        step = changed.step
+    def _note(self, step: life.Step) -> None:
         if step.verdict in (life.Verdict.CONFLICT, life.Verdict.VIOLATION, life.Verdict.ILLEGAL):
+            self.odd[step.verdict.name.lower()] += 1
             log.warning(
                 "command.%s command=%s device=%s state=%s input=%r",
                 step.verdict.name.lower(), step.command.id, step.command.device, step.command.state, step.given.value,
             )  # fmt: skip
-        if step.settled:
-            await announce(self._publisher, step.command, changed.timeline)
 
 
 class Reports:
@@ -65,7 +74,9 @@ class Reports:
             change = await self._change(delivery)
             if change is not None:
                 patience = RECEIPT_PATIENCE if isinstance(change.event, life.Receipted) else 0.0
-                await self._recorder.record(change, patience=patience)
+                results = await self._recorder.record(change, patience=patience)
+                if Dropped(AFTER_REVOCATION) in results:
+                    await self._inbox.set_aside(delivery, "said after the device's revocation")
             await delivery.ack()
         finally:
             self._handled()
@@ -79,14 +90,14 @@ class Reports:
             if receipt is None:
                 return None
             receipted = life.Receipted(receipt.agent, receipt.state == "running", receipt.progress)
-            return Change(receipt.command, receipted, letter.device)
+            return Change(receipt.command, receipted, letter.device, said_at(delivery.message))
         outcome = await self._inbox.read(delivery, wire.decode_outcome)
         if outcome is None:
             return None
         answered = life.Answered(
             outcome.agent, _STATUS[outcome.status], outcome.reason, outcome.content_type, outcome.body
         )
-        return Change(outcome.command, answered, letter.device)
+        return Change(outcome.command, answered, letter.device, said_at(delivery.message))
 
 
 class DeadLetters:

@@ -1,0 +1,143 @@
+"""Presence, from the broker's events, and from its listing where events were lost."""
+
+import asyncio
+import logging
+from collections import Counter, deque
+from itertools import islice
+
+from fabric.clock import Clock
+from fabric.command import Micros
+from fabric.guarding import FloodGuard
+from fabric.identity.meters import Meter
+from fabric.ports import BrokerAdmin, Delivery, Sessions
+from fabric.presence import (
+    REMEMBERED,
+    SETTLED_AFTER,
+    Change,
+    Closed,
+    Epoch,
+    Listed,
+    Opened,
+    Session,
+    compare,
+    surplus,
+)
+from topology import guard, names
+from topology.names import DeviceId
+
+log = logging.getLogger(__name__)
+
+BATCH = 500  # events of one transaction
+_NAME_LIMIT = 255  # characters of a connection's, node's or process's name
+
+
+class SessionEvents:
+    """Consumer of `sessions`. Events are applied in their order and acked after the commit.
+
+    They wait here, as many as the consumer fetches; when the ledger is away they go on waiting, in their order.
+    """
+
+    def __init__(self, cell: str, sessions: Sessions, flood: FloodGuard, clock: Clock) -> None:
+        self._cell, self._sessions, self._flood, self._clock = cell, sessions, flood, clock
+        self._waiting: deque[tuple[Delivery, Change]] = deque()
+        self._some = asyncio.Event()
+        self.refused: Counter[str] = Counter()
+
+    def started(self, _: int) -> None:
+        """The consumer has (re)started: what was not acked comes again."""
+        self._waiting.clear()
+
+    async def on_delivery(self, delivery: Delivery) -> None:
+        try:
+            change = self._change(delivery)
+        except ValueError as error:
+            # A device's client properties are in the event, and can make it too large to be decoded. Its session is
+            # then found in the listing.
+            self.refused["undecodable"] += 1
+            log.warning("session-event.undecodable key=%.100r reason=%.200r", delivery.routing_key, str(error))
+            change = None
+        if change is None:
+            await delivery.ack()
+        else:
+            self._waiting.append((delivery, change))
+            self._some.set()
+
+    async def run_once(self) -> bool:
+        """Apply what waits, once there is any. Raises `Temporary`, and nothing is lost then."""
+        await self._some.wait()
+        batch = list(islice(self._waiting, BATCH))
+        live = await self._sessions.apply([change for _, change in batch])
+        for delivery, _ in batch:
+            await delivery.ack()
+        for one in batch:
+            if self._waiting and self._waiting[0] is one:
+                self._waiting.popleft()
+        if not self._waiting:
+            self._some.clear()
+        for device, many in live.items():
+            if many > self._flood.limits.connections:
+                self._flood.exceed(device, Meter.CONNECTIONS)
+        return True
+
+    def _change(self, delivery: Delivery) -> Change | None:
+        """None for what is no device's. Raises ValueError."""
+        said = delivery.message.headers
+        if delivery.message.type == guard.UNDECODABLE:
+            raise ValueError(said.get(guard.REASON))
+        now = self._clock.now()
+        at = min(now, _number(said.get("timestamp_in_ms")) * 1000)
+        node, name, pid = (_text(said.get(each)) for each in ("node", "name", "pid"))
+        if delivery.routing_key == names.CLOSED:
+            return Closed(node, name, pid, at)
+        user = _text(said.get("user"))
+        if not names.is_device(user):
+            return None
+        opened_at = _number(said.get("connected_at")) * 1000
+        return Opened(Session(DeviceId(user), self._cell, node, name, opened_at, pid, now), at)
+
+
+class Presence:
+    """Compares the sessions of a cell with its broker's listing: events are sent at most once, and none when a node
+    dies. Meters the traffic of each connection, and closes connections whose logins crossed."""
+
+    def __init__(self, cell: str, sessions: Sessions, admin: BrokerAdmin, flood: FloodGuard, clock: Clock) -> None:
+        self._cell, self._sessions, self._admin = cell, sessions, admin
+        self._flood, self._clock = flood, clock
+        self._missing: set[Epoch] = set()
+        self._octets: dict[Epoch, int] = {}
+
+    async def run_once(self) -> None:
+        listed = [each for each in await self._admin.connections() if names.is_device(each.user)]
+        known = await self._sessions.live(self._cell)
+        now = self._clock.now()
+        changes, self._missing = compare(self._cell, known, listed, self._missing, now)
+        for start in range(0, len(changes), BATCH):
+            await self._sessions.apply(changes[start : start + BATCH])
+        if changes:
+            log.info("presence.reconciled changes=%d", len(changes))
+        self._meter(listed, now)
+        for session in surplus(session for session in known if session.replaced_at is None):
+            log.info("connections.surplus device=%s", session.device)
+            await self._admin.close_connection(session.name)
+        await self._sessions.forget(now - REMEMBERED)
+
+    def _meter(self, listed: list[Listed], now: Micros) -> None:
+        for each in listed:
+            # Of an old connection that is new to this worker, what it moved before is not known to be recent.
+            young = now - each.opened_at < SETTLED_AFTER
+            moved = each.octets - self._octets.get(each.epoch, 0 if young else each.octets)
+            if moved > 0:
+                self._flood.count(DeviceId(each.user), Meter.TRAFFIC, moved)
+        self._octets = {each.epoch: each.octets for each in listed}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= _NAME_LIMIT:
+        raise ValueError("a name is missing or too long")
+    return value
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**50:
+        raise ValueError("a time is missing or out of range")
+    return value
