@@ -1,20 +1,18 @@
 """Answers: what the fabric's values look like as JSON, and the responses that carry them."""
 
-import base64
-import binascii
 import json
-import re
 from collections.abc import Mapping, Sequence
 
 from fastapi import Response
 
-from api.problems import Problem, invalid
+from api.problems import Problem
 from fabric import presenting
+from fabric.audit import Entry
 from fabric.command import Micros
 from fabric.identity.enrollment import Invitation
+from fabric.identity.revocation import Revoked
 from fabric.model import Device, DeviceKey, IssuedToken, Mailbox
 from fabric.presenting import Document
-from topology import layout
 
 
 def answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -38,9 +36,10 @@ def device(device: Device) -> Document:
     }
 
 
-def device_with_mailbox(found: Device, mailbox: Mailbox, now: Micros) -> Document:
+def device_with_mailbox(found: Device, mailbox: Mailbox, default_backlog: int, now: Micros) -> Document:
     oldest = None if mailbox.oldest_at is None else presenting.seconds(max(now - mailbox.oldest_at, 0))
-    return device(found) | {"mailbox": {"depth": mailbox.depth, "limit": layout.DEFAULT_BACKLOG, "oldest_age": oldest}}
+    limit = found.backlog or default_backlog
+    return device(found) | {"mailbox": {"depth": mailbox.depth, "limit": limit, "oldest_age": oldest}}
 
 
 def invitation(invitation: Invitation) -> Document:
@@ -54,8 +53,18 @@ def invitation(invitation: Invitation) -> Document:
 def key(key: DeviceKey) -> Document:
     return {
         "kid": key.kid,
+        "parent": key.parent,
         "created_at": presenting.time(key.created_at),
         "last_used": presenting.optional_time(key.last_used),
+    }
+
+
+def revoked(revoked: Revoked) -> Document:
+    return {
+        "closed_connections": revoked.cut.closed,
+        "pending_until": presenting.optional_time(revoked.cut.pending_until),
+        "withdrawn": revoked.withdrawn,
+        "in_hand": revoked.in_hand,
     }
 
 
@@ -67,6 +76,27 @@ def token(token: IssuedToken) -> Document:
         "issued_at": presenting.time(token.issued_at),
         "expires_at": presenting.time(token.expires_at),
         "revoked_at": presenting.optional_time(token.revoked_at),
+        "parent": token.parent,
+    }
+
+
+def audited(entry: Entry) -> Document:
+    by, deed = entry.by, entry.deed
+    return {
+        "position": entry.position,
+        "at": presenting.time(entry.at),
+        "action": deed.action.value,
+        "device": deed.device,
+        "outcome": deed.outcome,
+        "by": {
+            "kind": by.kind.value,
+            "subject": by.subject,
+            "issuer": by.issuer,
+            "jti": by.jti,
+            "address": by.address,
+        },
+        "request": by.request,
+        "detail": dict(deed.detail),
     }
 
 
@@ -86,21 +116,3 @@ def expected_version(device: Device, if_match: frozenset[str] | None) -> int | N
 
 def page(items: Sequence[Document], following: str | None) -> Response:
     return answer({"items": items, "next": following})
-
-
-def cursor(last: str) -> str:
-    """Where the next page begins. Opaque to callers; it grants nothing, and is checked when it comes back."""
-    return base64.urlsafe_b64encode(last.encode()).rstrip(b"=").decode()
-
-
-def read_cursor(text: str | None, grammar: str) -> str | None:
-    """What `cursor` was given, if it is of this grammar. Raises a 422 `Problem`."""
-    if text is None:
-        return None
-    try:
-        last = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode("ascii")
-    except (binascii.Error, ValueError):
-        last = ""
-    if not re.fullmatch(grammar, last, re.ASCII):
-        raise invalid([("query:cursor", "Use the 'next' of the page before, as it was given.")])
-    return last

@@ -11,8 +11,9 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
 
 from api import logs, openapi, problems
-from api.edge import Edge
-from api.routes import ROUTERS, enrollment, telemetry
+from api.auditing import Refusals
+from api.edge import Answers, Edge
+from api.routes import ROUTERS, enrollment, events, telemetry
 from api.services import Services
 from topology import names
 
@@ -36,12 +37,14 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.enrolling = enrollment.limit()
     app.state.readers = telemetry.readers()
+    app.state.followers = events.followers()
     for router in ROUTERS:
         app.include_router(router)
-    problems.install(app)
+    problems.install(app, Refusals().note)
     openapi.install(app)
     _allow_all_methods(app, ROUTERS)
-    app.add_middleware(Edge)
+    app.state.answers = answers = Answers()
+    app.add_middleware(Edge, answers=answers)
     return app
 
 

@@ -3,16 +3,20 @@
 FastAPI's own body handling is not used: it reads and parses before the guard has looked at the token.
 """
 
+import asyncio
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from api import headers
+from api.callers import Right, authenticate
 from api.problems import Problem, invalid, of_validation
 from fabric import strict_json
+from fabric.errors import Unauthenticated
 from topology import wire
 
+ASKED_AGAIN_AFTER = 1.0  # seconds that a body takes; then its sender's token is looked at again
 MERGE_PATCH = "application/merge-patch+json"
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -30,7 +34,7 @@ def media_type(request: Request) -> str:
 
 async def read(request: Request, limit: int = wire.MAX_BODY) -> bytes:
     """Raises a 413 `Problem` over the limit (bytes)."""
-    body = await request.body()
+    body = await _whole(request)
     if len(body) > limit:
         raise too_large(limit)
     return body
@@ -40,7 +44,7 @@ async def document(request: Request, expected: str = wire.JSON) -> object:
     """The JSON value of a body of the expected media type; raises 415, 413, 408 or 400 as a `Problem`."""
     if media_type(request) != expected:
         raise Problem("unsupported-media-type", f"Send the body as 'Content-Type: {expected}'.")
-    return parse(await request.body())
+    return parse(await _whole(request))
 
 
 async def model(request: Request, kind: type[Model], expected: str = wire.JSON) -> Model:
@@ -64,6 +68,22 @@ def parse(raw: bytes) -> object:
         return strict_json.parse(raw)
     except strict_json.NotJson as error:
         raise Problem("malformed-json", f"The body can't be read as JSON: {error}.") from None
+
+
+async def _whole(request: Request) -> bytes:
+    """Raises 413 or 408 as a `Problem`; `Unauthenticated` when a token was revoked while its body was on its way."""
+    if not hasattr(request.state, "let_in"):
+        return await request.body()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        async with asyncio.timeout(None) as until, Right(request).watched(lambda: until.reschedule(loop.time())):
+            body = await request.body()
+    except TimeoutError:
+        raise Unauthenticated("the token was revoked") from None
+    if loop.time() - began > ASKED_AGAIN_AFTER:
+        await authenticate(request)
+    return body
 
 
 def too_large(limit: int) -> Problem:

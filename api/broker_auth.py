@@ -3,7 +3,8 @@
 RabbitMQ's HTTP auth backend sends a form and reads the answer's text. The answer is `allow` or `deny` and
 nothing else: no tags (a tag can be `administrator`), no reason, no echo. Whatever goes wrong is a `deny`.
 Only the login looks anything up; the other three are functions of names (`topology.access`), which the
-broker caches.
+broker caches. It does not cache refusals, and asks about a routing key again after a minute: so this is where a
+device's refusals and telemetry channels are counted.
 
 To be served on an internal listener, with `lifespan="off"` and `server_header=False`.
 """
@@ -19,7 +20,10 @@ from starlette.types import Receive, Scope, Send
 
 from api import logs
 from fabric.errors import FabricError, Temporary
+from fabric.identity.meters import Meter
+from fabric.measures import Histogram
 from topology import access, enrollment, names
+from topology.names import DeviceId
 
 MAX_FORM = 8 * 1024  # bytes
 MAX_FIELDS = 64
@@ -44,19 +48,34 @@ class Logins(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """Who is told what logged-in devices ask for (`fabric.guarding.FloodGuard`); what it says changes no answer."""
+
+    def count(self, device: DeviceId, meter: Meter) -> object: ...
+
+    def use_channel(self, device: DeviceId, channel: str) -> object: ...
+
+
 class Denied(Exception):
     """The answer is `deny`; the text is for the log, and has no secret in it."""
 
 
 class BrokerAuth:
-    """`vhost` is the cell's; a question about any other is denied."""
+    """`vhost` is the cell's; a question about any other is denied.
 
-    def __init__(self, logins: Logins, vhost: str) -> None:
-        self._logins, self._vhost = logins, vhost
+    Attributes:
+        answers: how long each took, by question and answer.
+    """
+
+    def __init__(self, logins: Logins, watch: Watch, vhost: str) -> None:
+        self._logins, self._watch, self._vhost = logins, watch, vhost
         self._pure: Final[Mapping[str, Callable[[Form], bool]]] = {
             "vhost": self._may_enter,
             "resource": self._may_use,
             "topic": self._may_write,
+        }
+        self.answers: Mapping[tuple[str, str], Histogram] = {
+            (question, answer): Histogram() for question in ("user", *self._pure) for answer in ("allow", "deny")
         }
         self._away_since: float | None = None
 
@@ -70,8 +89,10 @@ class BrokerAuth:
         elif scope["method"] != "POST":
             await _answer(send, 405, b"method not allowed", (b"allow", b"POST"))
         else:
-            allowed = await self._decide(question, receive)
-            await _answer(send, 200, b"allow" if allowed else b"deny")
+            began = time.perf_counter()
+            answer = "allow" if await self._decide(question, receive) else "deny"
+            self.answers[question, answer].observe(time.perf_counter() - began)
+            await _answer(send, 200, answer.encode())
 
     async def _decide(self, question: str, receive: Receive) -> bool:
         form: Form = {}
@@ -80,13 +101,14 @@ class BrokerAuth:
             _check_name(form, self._vhost)
             if question == "user":
                 await self._login(form)
-                return True
-            allowed = self._pure[question](form)
-            if not allowed:
-                _log_denial(question, form, "not one of its rights")
-            return allowed
+            else:
+                self._ask(question, form)
+            return True
         except Denied as denial:
             _log_denial(question, form, str(denial))
+            # A refused login is not counted: whoever reaches the broker could lock any device out.
+            if question != "user" and names.is_device(form.get("username", "")):
+                self._watch.count(DeviceId(form["username"]), Meter.REFUSALS)
         except Exception:  # the one who is asked for access says no
             log.exception("broker-auth.bug question=%s", question)
         return False
@@ -119,6 +141,13 @@ class BrokerAuth:
             return False
         name, permission, key = (_field(form, field) for field in ("name", "permission", "routing_key"))
         return access.topic(form["username"], _field(form, "vhost"), name, permission, key)
+
+    def _ask(self, question: str, form: Form) -> None:
+        if not self._pure[question](form):
+            raise Denied("not one of its rights")
+        parsed = names.parse_uplink_key(form["routing_key"]) if question == "topic" else None
+        if parsed is not None and parsed[0] == "telemetry":
+            self._watch.use_channel(parsed[1], parsed[2] or "")
 
     def _note_away(self, error: Exception) -> None:
         level = logging.WARNING if self._away_since is None else logging.DEBUG

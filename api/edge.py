@@ -7,11 +7,15 @@ import secrets
 import time
 from collections.abc import Iterable
 
+from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import bodies, logs, problems
 from api.problems import Problem
+from fabric import audit, context
+from fabric.audit import By, Kind
+from fabric.measures import Histogram
 from topology import wire
 
 COMMAND_LIMIT = wire.MAX_BODY + 16 * 1024  # bytes: arguments, and the JSON around them
@@ -28,22 +32,30 @@ _NO_STORE = (b"cache-control", b"no-store")
 log = logging.getLogger(__name__)
 
 
+Answers = dict[tuple[str, str, str], Histogram]
+"""How long requests took, by method, route and class of status (`2xx`). What no route is for is `other`, and so is what
+was never answered."""
+
+
 class Edge:
     """ASGI middleware, to be the outermost. Never raises for what a caller sent."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, answers: Answers) -> None:
+        self._app, self._answers = app, answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         id = _request_id(scope["headers"])
-        token = logs.request_id.set(id)
+        tokens = logs.request_id.set(id), context.command.set(None)
         try:
-            await self._serve(scope, receive, _Answer(send, id), id)
+            # Whatever the connection's last request left behind, this one is nobody's yet.
+            with audit.acting_as(By(Kind.ANONYMOUS, address=source(scope), request=id)):
+                await self._serve(scope, receive, _Answer(send, id), id)
         finally:
-            logs.request_id.reset(token)
+            logs.request_id.reset(tokens[0])
+            context.command.reset(tokens[1])
 
     async def _serve(self, scope: Scope, receive: Receive, answer: "_Answer", id: str) -> None:
         began = time.monotonic()
@@ -56,6 +68,8 @@ class Edge:
             log.exception("http.bug method=%s path=%s", logs.shown(scope["method"]), logs.shown(scope["path"]))
             if answer.status is None:
                 await problems.answer(problems.bug(), id)(scope, receive, answer)
+        took = time.monotonic() - began
+        self._measure(scope, answer.status, took)
         level = logging.DEBUG if answer.status is None or answer.status < 400 else logging.INFO
         if log.isEnabledFor(level):
             log.log(
@@ -64,8 +78,26 @@ class Edge:
                 logs.shown(scope["method"]),
                 logs.shown(scope["path"]),
                 answer.status,
-                (time.monotonic() - began) * 1000,
+                took * 1000,
             )
+
+    def _measure(self, scope: Scope, status: int | None, took: float) -> None:
+        route, method = scope.get("route"), scope["method"]
+        if isinstance(route, APIRoute) and method in (route.methods or ()):
+            path: str = route.path
+        else:
+            method = path = "other"
+        key = (method, path, "other" if status is None else f"{status // 100}xx")
+        histogram = self._answers.get(key)
+        if histogram is None:
+            histogram = self._answers[key] = Histogram()
+        histogram.observe(took)
+
+
+def source(scope: Scope) -> str | None:
+    """The address that a request comes from: the connection's other end."""
+    client = scope.get("client")
+    return None if client is None else str(client[0])
 
 
 def body_limit(path: str) -> int:

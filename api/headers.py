@@ -10,6 +10,7 @@ LONGEST_WAIT = 60  # seconds
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - RFC 9110's token
 _PREFERENCE = re.compile(rf'({_TOKEN})\s*(?:=\s*(?:({_TOKEN})|"((?:[^"\\]|\\.)*)"))?\s*', re.ASCII)
 _ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+_LATER_TRACEPARENT = re.compile(r"(?!00|ff)[0-9a-f]{2}-([0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?:-.*)?", re.ASCII)
 _HEADER_LIMIT = 1000  # characters that are read of a header
 
 
@@ -53,8 +54,15 @@ def accepts(accept: Sequence[str], produced: str) -> bool:
 
 
 def traceparent(given: Sequence[str]) -> str | None:
-    """The one valid `traceparent` (W3C Trace Context), else None: a bad one is left out."""
-    return given[0] if len(given) == 1 and wire.is_traceparent(given[0]) else None
+    """The one valid `traceparent` (W3C Trace Context, section 3.2) as version 00, else None: a bad one is left out.
+
+    Of a later version the part that we know is taken, as the specification asks.
+    """
+    if len(given) != 1:
+        return None
+    later = _LATER_TRACEPARENT.fullmatch(given[0])
+    known = f"00-{later[1]}" if later is not None else given[0]
+    return known if wire.is_traceparent(known) else None
 
 
 def media_type(content_type: str | None) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from api import problems, schemas
-from api.callers import DeviceItselfOr, Public, Requires
+from api.callers import OnDevice, Public, Requires
 
 TITLE = "Restante"
 VERSION = "1"
@@ -33,10 +33,15 @@ _REQUESTS: Final[tuple[type[BaseModel], ...]] = (
     schemas.DevicePatch,
     schemas.NewCommand,
     schemas.Enrolling,
+    schemas.NewKey,
     schemas.NewReading,
     schemas.NewToken,
 )
-_ANSWERS: Final[tuple[type[BaseModel], ...]] = (schemas.ProblemDocument, schemas.ReadingDocument)
+_ANSWERS: Final[tuple[type[BaseModel], ...]] = (
+    schemas.ProblemDocument,
+    schemas.ReadingDocument,
+    schemas.EventDocument,
+)
 
 _WHY: Final[Mapping[int, str]] = {
     400: "The request or its JSON can't be read.",
@@ -45,15 +50,15 @@ _WHY: Final[Mapping[int, str]] = {
     404: "There is no such thing.",
     406: "`Accept` excludes the answer's media type.",
     408: "The body did not arrive in time.",
-    409: "It exists already.",
+    409: "It exists already, or can't be undone any more.",
     410: "The code is used, expired or withdrawn.",
     412: "`If-Match` names another version.",
     413: "The body is too large.",
     415: "The body has another media type than the operation takes.",
     422: "Values are not as they must be; `errors` says where and why.",
-    429: "Too many requests; `Retry-After` says when to try again.",
+    429: "Too many requests, or too many commands waiting; `Retry-After` says when to try again.",
     500: "A mistake of ours.",
-    503: "The broker or the database is not available; `Retry-After` says when to try again.",
+    503: "The broker, the database or the token's issuer is not available; `Retry-After` says when to try again.",
 }
 _HEADERS: Final[Mapping[int, Mapping[str, object]]] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string"}, "description": "RFC 6750."}},
@@ -75,6 +80,21 @@ IF_MATCH: Final = {
     "required": False,
     "description": "The `ETag` that the change is for.",
     "schema": {"type": "string"},
+}
+IDEMPOTENCY_KEY: Final = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Names the command: a repeat within 24 hours, of the same issuer to the same device, is answered "
+    "with the command that the first request made. For another request use another key.",
+    "schema": {"type": "string", "pattern": f"^{schemas.KEY}$", "maxLength": 128},
+}
+LAST_EVENT_ID: Final = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "required": False,
+    "description": "The `id` that was read last: the answer goes on behind it.",
+    "schema": {"type": "string", "pattern": f"^{schemas.POSITION}$"},
 }
 TRACEPARENT: Final = {
     "name": "traceparent",
@@ -110,7 +130,7 @@ def operation(
     if isinstance(guard, Requires):
         statuses |= {401, 403, 503}
         security = [{_SCHEME: list(guard.actions)}]
-        if isinstance(guard, DeviceItselfOr):
+        if isinstance(guard, OnDevice):
             statuses |= {404}
     if body is not None:
         statuses |= {400, 408, 413, 415, 422}
@@ -166,8 +186,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
             "type": "http",
             "scheme": "bearer",
             "bearerFormat": "JWT",
-            "description": "A token from POST /v1/tokens, or one that a device signed itself. "
-            "The names beside it are the scopes that an operation needs.",
+            "description": "A token from POST /v1/tokens, one that a device signed itself, or one of an external "
+            "identity provider that the gateway is configured to believe. "
+            "The names beside it are the scopes that an operation needs. A scope may be narrowed to a device or a "
+            "group, and some to a name there: what it does not reach is answered as if it did not exist.",
         }
     }
     _, definitions = models_json_schema(
@@ -210,8 +232,11 @@ def _schema(kind: object) -> object:
 _TAGS: Final = [
     {"name": "devices", "description": "Devices, their groups and labels."},
     {"name": "enrollment", "description": "How a device gets its identity, and learns whom to believe."},
+    {"name": "keys", "description": "The keys of devices, and taking them away."},
     {"name": "commands", "description": "Commands and what became of them."},
+    {"name": "events", "description": "Everything that happens to commands and devices."},
     {"name": "telemetry", "description": "Readings of devices."},
     {"name": "tokens", "description": "Tokens of callers."},
+    {"name": "audit", "description": "Who did what."},
     {"name": "health", "description": "Is the gateway alive, and ready?"},
 ]

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -33,17 +33,21 @@ TITLES: Final[Mapping[str, tuple[int, str]]] = {
     "not-acceptable": (406, "The answer has another media type"),
     "slow-request": (408, "The body did not arrive in time"),
     "conflict": (409, "It exists already, or is in the way"),
+    "too-late": (409, "It can't be withdrawn any more"),
     "gone": (410, "It is no longer to be had"),
     "precondition-failed": (412, "It has changed meanwhile"),
     "too-large": (413, "The body is too large"),
     "unsupported-media-type": (415, "The body's media type is not understood"),
     "invalid": (422, "The request has invalid values"),
-    "not-supported": (422, "This is not supported yet"),
+    "key-reused": (422, "The idempotency key stands for another request"),
     "too-many-requests": (429, "Too many requests"),
+    "backlog-full": (429, "The device's mailbox may be full"),
     "internal": (500, "A mistake of ours"),
     "temporarily-unavailable": (503, "Not available for a moment"),
     "broker-unavailable": (503, "The broker is not available"),
     "ledger-unavailable": (503, "The ledger is not available"),
+    "provider-unavailable": (503, "The token's issuer is not available"),
+    "not-logged": (503, "It is done, and not safe from a restored backup yet"),
     "publish-failed": (503, "The broker did not confirm"),
     "not-ready": (503, "The gateway is not ready"),
 }
@@ -117,11 +121,14 @@ def of_error(error: errors.FabricError) -> Problem:
             return Problem(code, _away(error), headers={"Retry-After": str(RETRY_AFTER)})
         case errors.Unauthenticated():
             return unauthenticated(text, token_given=True)
+        case errors.TooLate():
+            return Problem(error.code, text, members={"state": error.state})
         case (
             errors.NotFound()
             | errors.Conflict()
             | errors.PreconditionFailed()
             | errors.Invalid()
+            | errors.KeyReused()
             | errors.Gone()
             | errors.Forbidden()
         ):
@@ -151,10 +158,11 @@ def bug() -> Problem:
     return Problem("internal", _NOT_OURS)
 
 
-def install(app: FastAPI) -> None:
-    """Make every error that leaves a route a problem document. (Bugs are `api.edge`'s.)"""
+def install(app: FastAPI, note: Callable[[Request, Exception], Awaitable[None]]) -> None:
+    """Make every error that leaves a route a problem document, once `note` has seen it. (Bugs are `api.edge`'s.)"""
 
-    async def on_problem(_: Request, error: Exception) -> Response:
+    async def on_problem(request: Request, error: Exception) -> Response:
+        await note(request, error)
         return answer(_as_problem(error), logs.request_id.get())
 
     for kind in (Problem, errors.FabricError, RequestValidationError, HTTPException):
@@ -191,8 +199,15 @@ def _away(error: errors.Temporary) -> str:
             return "The broker did not confirm in time, so it is not known whether the message arrived. Try again."
         case errors.BrokerUnavailable():
             return "The message broker can't be reached. Try again after the time in 'Retry-After'."
+        case errors.ProviderUnavailable():
+            return "The keys of the token's issuer can't be had, so that its tokens can't be verified. Try again later."
         case errors.LedgerUnavailable():
             return "The database can't be reached; nothing was done. Try again after the time in 'Retry-After'."
+        case errors.NotLogged():
+            return (
+                "It is done, but not in the revocation log yet: a backup of the database that is restored now would "
+                "undo it. A worker goes on trying to write it."
+            )
         case _:
             return "Try again after the time in 'Retry-After'."
 

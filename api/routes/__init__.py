@@ -2,13 +2,16 @@
 
 from fastapi import APIRouter
 
-from api.routes import commands, devices, enrollment, health, telemetry, tokens
+from api.routes import audit, commands, devices, enrollment, events, health, keys, telemetry, tokens
 
 ROUTERS: tuple[APIRouter, ...] = (
+    commands.router,  # first those that are asked for most: they are looked through in this order
+    telemetry.router,
     devices.router,
     enrollment.router,
-    commands.router,
-    telemetry.router,
+    keys.router,
+    events.router,
     tokens.router,
+    audit.router,
     health.router,
 )

@@ -5,7 +5,8 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 
 from api import answers, bodies, openapi, schemas
-from api.callers import Public, Requires, no_device, services
+from api.callers import OnDevice, Public, services
+from api.edge import source
 from api.limits import SourceLimit
 from fabric import presenting
 from fabric.identity.issued import Caller
@@ -16,8 +17,7 @@ router = APIRouter(tags=["enrollment"])
 ATTEMPTS = 30  # a minute, from one source
 ATTEMPTS_IN_TOTAL = 600  # a minute
 
-_ENROLL = Requires("devices:enroll")
-_READ = Requires("devices:read")
+_ENROLL = OnDevice("devices:enroll")
 _OPEN = Public()
 _PEM = "application/x-pem-file"
 _OPEN_PEM = Public(produces=_PEM)
@@ -42,20 +42,6 @@ async def invite(request: Request, id: schemas.DeviceId, _: Annotated[Caller, De
     return answers.answer(answers.invitation(invitation), 201, _NO_STORE)
 
 
-@router.get(
-    "/v1/devices/{id}/keys",
-    response_model=schemas.KeysPage,
-    summary="List a device's keys",
-    **openapi.operation(_READ, refusals=(404,)),
-)
-async def keys(request: Request, id: schemas.DeviceId, _: Annotated[Caller, Depends(_READ)]) -> Response:
-    """All of them in one page: there are few."""
-    registry = services(request).registry
-    if await registry.device(DeviceId(id)) is None:
-        raise no_device(id)
-    return answers.page([answers.key(each) for each in await registry.keys(DeviceId(id))], None)
-
-
 @router.post(
     "/v1/enroll",
     response_model=schemas.EnrolledDocument,
@@ -65,7 +51,7 @@ async def keys(request: Request, id: schemas.DeviceId, _: Annotated[Caller, Depe
 async def enroll(request: Request, _: Annotated[None, Depends(_OPEN)]) -> Response:
     """The same code with the same key gives the same answer for an hour."""
     attempts: SourceLimit = request.app.state.enrolling
-    attempts.check(request.client.host if request.client else None)
+    attempts.check(source(request.scope))
     given = await bodies.model(request, schemas.Enrolling)
     known = services(request)
     enrolled = await known.enrollment.redeem(given.code, given.public_key, given.proof)
@@ -75,8 +61,9 @@ async def enroll(request: Request, _: Annotated[None, Depends(_OPEN)]) -> Respon
         "amqps_url": peering.amqps_url,
         "api_url": peering.api_url,
         "audience": {"mq": peering.audiences.mq, "api": peering.audiences.api},
-        "authority": peering.authority_pem,
-        "signing_keys": peering.signing_keys,
+        "authority": peering.authorities.pem,
+        "authorities_version": peering.authorities.present.serving_version,
+        "signing_keys": peering.signing_keys.trusted(),
         "generation": enrolled.device.generation,
     }
     return answers.answer(document, 200, _NO_STORE)
@@ -95,8 +82,20 @@ async def enroll(request: Request, _: Annotated[None, Depends(_OPEN)]) -> Respon
 )
 async def authority(request: Request, _: Annotated[None, Depends(_OPEN_PEM)]) -> Response:
     """To be believed only when its SHA-256 is the one in a ticket."""
-    pem = services(request).peering.authority_pem
+    pem = services(request).peering.authorities.pem
     return Response(pem.encode(), 200, {"Cache-Control": "public, max-age=60"}, _PEM)
+
+
+@router.get(
+    "/v1/authority/successors",
+    response_model=schemas.SuccessorsDocument,
+    summary="Read what the authorities said of their successors",
+    **openapi.operation(_OPEN),
+)
+async def successors(request: Request, _: Annotated[None, Depends(_OPEN)]) -> Response:
+    """For a device that was away while the authority was replaced: to be believed for the signatures' sake only."""
+    told = services(request).peering.authorities.announcements(0)
+    return answers.answer({"announcements": list(told)}, 200, {"Cache-Control": "public, max-age=60"})
 
 
 @router.get(

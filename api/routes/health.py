@@ -16,9 +16,16 @@ _OPEN = Public()
 _TIMEOUT = 3.0  # seconds
 
 
-@router.get("/health/live", response_model=schemas.HealthDocument, summary="Is it alive?", **openapi.operation(_OPEN))
-async def live(_: Annotated[None, Depends(_OPEN)]) -> Response:
-    """Answers as long as the process does."""
+@router.get(
+    "/health/live",
+    response_model=schemas.HealthDocument,
+    summary="Is it alive, and to be asked?",
+    **openapi.operation(_OPEN, refusals=(503,)),
+)
+async def live(request: Request, _: Annotated[None, Depends(_OPEN)]) -> Response:
+    """Answers as long as the process does: 503 from when it is told to stop, so that nothing new is sent to it."""
+    if services(request).leaving.is_set():
+        raise _leaving()
     return answers.answer({"status": "ok"})
 
 
@@ -29,7 +36,9 @@ async def live(_: Annotated[None, Depends(_OPEN)]) -> Response:
     **openapi.operation(_OPEN, refusals=(503,)),
 )
 async def ready(request: Request, _: Annotated[None, Depends(_OPEN)]) -> Response:
-    """503 with `reasons` when it can't."""
+    """503 with `reasons` when it can't, and from when it is told to stop."""
+    if services(request).leaving.is_set():
+        raise _leaving()
     try:
         async with asyncio.timeout(_TIMEOUT):
             reasons = dict(await services(request).ready())
@@ -45,3 +54,7 @@ async def ready(request: Request, _: Annotated[None, Depends(_OPEN)]) -> Respons
             members={"reasons": reasons},
         )
     return answers.answer({"status": "ok"})
+
+
+def _leaving() -> Problem:
+    return Problem("not-ready", "Ask another gateway.", members={"reasons": {"gateway": "about to stop"}})

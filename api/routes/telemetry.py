@@ -8,14 +8,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from api import answers, bodies, ndjson, openapi, schemas
-from api.callers import DeviceItselfOr, Requires, authenticate, demand, no_device, services
+from api import answers, bodies, headers, openapi, schemas
+from api.callers import DeviceItselfOr, RequiresSome, Right, Sight, no_device, services
 from api.edge import TELEMETRY_LIMIT
 from api.problems import Problem, invalid
+from api.streaming import NDJSON, Stream, line
 from fabric.errors import TooManyRequests
 from fabric.identity.issued import Caller
-from fabric.presenting import Document
-from fabric.telemetry import MAX_BATCH
+from fabric.telemetry import MAX_BATCH, Reading
 from topology import wire
 from topology.names import DeviceId
 
@@ -23,8 +23,8 @@ router = APIRouter(tags=["telemetry"])
 
 READERS = 8  # at a time: each takes a channel of the gateway's one connection, which has 16
 
-_WRITE = DeviceItselfOr("telemetry:write")
-_READ = Requires("telemetry:read", produces=ndjson.MEDIA_TYPE)
+_WRITE = DeviceItselfOr("telemetry:write", name="channel")
+_READ = RequiresSome("telemetry:read", produces=NDJSON.media_type)
 
 Readings = list[tuple[bytes, str, int | None]]
 
@@ -42,10 +42,11 @@ def readers() -> asyncio.Semaphore:
         _WRITE,
         refusals=(404,),
         body={
-            ndjson.MEDIA_TYPE: {"type": "string", "description": 'Lines of `{"at": …, "value": …}`.'},
+            NDJSON.media_type: {"type": "string", "description": 'Lines of `{"at": …, "value": …}`.'},
             "application/json": {},
             "*/*": {"type": "string", "format": "binary"},
         },
+        parameters=(openapi.TRACEPARENT,),
     ),
 )
 async def publish(
@@ -62,13 +63,14 @@ async def publish(
     if await known.registry.device(DeviceId(id)) is None:
         raise no_device(id)
     media = bodies.media_type(request)
-    if media == ndjson.MEDIA_TYPE:
+    if media == NDJSON.media_type:
         if query.at is not None:
             raise invalid([("query:at", "In a batch, each line has its own 'at'.")])
         readings = _batch(await bodies.read(request, TELEMETRY_LIMIT))
     else:
         readings = [(*await _single(request, media), query.at)]
-    await known.telemetry.publish(DeviceId(id), channel, readings)
+    traceparent = headers.traceparent(request.headers.getlist("traceparent"))
+    await known.telemetry.publish(DeviceId(id), channel, readings, traceparent)
     return answers.answer({"accepted": len(readings)})
 
 
@@ -83,21 +85,26 @@ async def publish(
             200: {
                 "description": "One reading a line. Ends after `limit` readings, or `idle` seconds without one; "
                 'should it fail on the way, the last line is `{"problem": …}`.',
-                "content": {ndjson.MEDIA_TYPE: {"schema": {"type": "string"}}},
+                "content": {NDJSON.media_type: {"schema": {"type": "string"}}},
             }
         },
     ),
 )
 async def read(
-    request: Request, query: Annotated[schemas.Read, Query()], _: Annotated[Caller, Depends(_READ)]
+    request: Request, query: Annotated[schemas.Read, Query()], caller: Annotated[Caller, Depends(_READ)]
 ) -> Response:
-    """From `first`, `next` or an offset. Readers keep their own place: the last line's `offset` and one."""
+    """What the caller may read, from `first`, `next` or an offset. Readers keep their own place: the last
+    line's `offset` and one."""
     places: asyncio.Semaphore = request.app.state.readers
     if places.locked():
         raise TooManyRequests("All places for reading the stream are taken; try again later.", 5)
     start = query.start if query.start in ("first", "next") else int(query.start)
+    sight = Sight(request, caller, "telemetry:read")
 
-    async def lines() -> AsyncGenerator[Document, None]:
+    async def seen(reading: Reading) -> bool:
+        return bool(await sight.among([reading], lambda each: (each.device, each.channel)))
+
+    async def lines() -> AsyncGenerator[bytes, None]:
         async with places:
             reading = services(request).telemetry.read(
                 start,
@@ -105,15 +112,13 @@ async def read(
                 channel=query.channel,
                 limit=query.limit,
                 idle=query.idle,
+                seen=seen,
             )
             async with aclosing(reading):
                 async for each in reading:
-                    yield each.document()
+                    yield line(each.document())
 
-    async def allowed() -> None:
-        demand(await authenticate(request), *_READ.actions)
-
-    return ndjson.Lines(lines(), allowed)
+    return Stream(NDJSON, lines(), Right(request), services(request).stopping)
 
 
 async def _single(request: Request, media: str) -> tuple[bytes, str]:
