@@ -1,17 +1,21 @@
 """Logs of the server: one line per event, `event key=value …` or JSON, safe to read on a terminal.
 
 Every line passes `clean` at the last moment, whoever wrote it: credentials are blotted out, control
-characters escaped. Text from outside is capped where it is logged (`shown`).
+characters escaped. Text from outside is capped where it is logged (`shown`). The request and the command that a line is
+about are added to it, unless it names them.
 """
 
 import json
 import logging
+import math
 import re
 import sys
 import time
 import traceback
 from contextvars import ContextVar
 from typing import TextIO
+
+from fabric import context
 
 LINE_LIMIT = 8192  # characters
 FIELD_LIMIT = 300  # characters of a text from outside
@@ -25,6 +29,9 @@ _CREDENTIALS = re.compile(
     r"|\b[A-Z2-7]{26,}\b"  # enrollment codes and tickets
 )
 _BLOT = "[redacted]"
+_FIELD = re.compile(r" ([a-z_-]+)=(%[-+#0-9.]*[a-z])")
+
+Value = str | int | float
 
 
 def configure(level: str, *, as_json: bool = False, stream: TextIO | None = None) -> None:
@@ -33,6 +40,8 @@ def configure(level: str, *, as_json: bool = False, stream: TextIO | None = None
     handler.setFormatter(Formatter(as_json=as_json))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
+    # A line for each request, and a worker asks the broker's management API every five seconds.
+    logging.getLogger("httpx").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
 
 
 def shown(text: str, limit: int = FIELD_LIMIT) -> str:
@@ -59,15 +68,37 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
-        event = clean(record.getMessage())
-        request = request_id.get()
+        about = {"request": request_id.get(), "command": context.command.get()}
         trace = [clean(line) for line in _traceback(record)]
         if self._as_json:
-            line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "event": event}
-            more = {name: value for name, value in (("request", request), ("traceback", trace)) if value}
-            return json.dumps(line | more)
-        head = f"{at} {record.levelname:<7} {record.name} {event}" + (f" request={request}" if request else "")
-        return "\n".join([head, *(f"  | {line}" for line in trace)])
+            event, fields = _parts(record)
+            line = {"time": at, "level": record.levelname.lower(), "logger": record.name, "event": event}
+            known = {name: value for name, value in about.items() if value} | fields
+            return json.dumps(known | line | ({"traceback": trace} if trace else {}), allow_nan=False)
+        event = clean(record.getMessage())
+        more = "".join(f" {name}={value}" for name, value in about.items() if value and f" {name}=" not in event)
+        return "\n".join(
+            [f"{at} {record.levelname:<7} {record.name} {event}{more}", *(f"  | {line}" for line in trace)]
+        )
+
+
+def _parts(record: logging.LogRecord) -> tuple[str, dict[str, Value]]:
+    """The event's name and its fields; what is not written as `event key=%s …` is all name."""
+    template, arguments = record.msg, record.args
+    named = _FIELD.findall(template) if isinstance(template, str) and isinstance(arguments, tuple) else []
+    name = template[: len(template) - sum(len(f" {key}={spec}") for key, spec in named)] if named else ""
+    if not named or name + "".join(f" {key}={spec}" for key, spec in named) != template:
+        return clean(record.getMessage()), {}
+    assert isinstance(arguments, tuple)  # noqa: S101 - looked at above
+    split = len(arguments) - len(named)
+    values = zip(named, arguments[split:], strict=True)
+    return clean(name % arguments[:split]), {key: _value(spec, value) for (key, spec), value in values}
+
+
+def _value(spec: str, value: object) -> Value:
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return clean(spec % (value,))
 
 
 def _traceback(record: logging.LogRecord) -> list[str]:

@@ -5,7 +5,7 @@ Its private key is needed to issue certificates and nowhere else: keep it 0600, 
 
 import base64
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -150,11 +150,23 @@ def pem_to_der(pem: str) -> bytes:
     return der
 
 
+def to_der(certificate: x509.Certificate) -> bytes:
+    """The certificate in DER."""
+    return certificate.public_bytes(serialization.Encoding.DER)
+
+
 def der_to_pem(der: bytes) -> str:
     """The certificate in PEM, lines of 64 characters."""
     text = base64.b64encode(der).decode("ascii")
     lines = [text[start : start + 64] for start in range(0, len(text), 64)]
     return "\n".join(["-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""])
+
+
+def save_together(credential: Credential, path: Path) -> None:
+    """Write certificate and key to one file, 0600: whoever reads it while it is replaced never has one without the
+    other."""
+    private_directory(path.parent)
+    replace_private(path, credential.certificate_pem + credential.key_pem)
 
 
 def save(credential: Credential, certificate: Path, key: Path) -> None:
@@ -194,6 +206,20 @@ def load_certificate(path: Path) -> x509.Certificate:
         raise AuthorityError(f"The certificate {path} can't be read: {error.strerror}.") from error
     except ValueError as error:
         raise AuthorityError(f"{path} is not a certificate in PEM.") from error
+
+
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """The names and addresses that an authority may vouch for, or that a server's certificate is for."""
+    extensions = certificate.extensions
+    names: Iterable[x509.GeneralName]
+    try:
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        try:
+            names = extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees or ()
+        except x509.ExtensionNotFound:
+            names = ()
+    return [str(name.value).partition("/")[0] for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
 
 
 def split_hosts(hosts: Sequence[str]) -> tuple[list[str], list[Address]]:

@@ -12,12 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from api.operator import calls
+from api.operator.auditing import operator
+from api.operator.console import EXIT_FAILED, EXIT_USAGE, say, show
 from api.operator.errors import KNOWN_ERRORS
 from api.settings import BadSettings, Settings, load
+from fabric.audit import By, Kind, acting_as
 from topology import access, layout
-
-_EXIT_FAILED = 1
-_EXIT_USAGE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,15 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load(os.environ, {"state_dir": given.state_dir} if given.state_dir else {})
     except BadSettings as error:
         print(f"restante: {error}", file=sys.stderr)
-        return _EXIT_USAGE
+        return EXIT_USAGE
     try:
-        status: int = given.run(settings, given) or 0
+        # What a service does, it does for its callers.
+        with acting_as(By(Kind.FABRIC) if given.run in (_gateway, _worker) else operator()):
+            status: int = given.run(settings, given) or 0
         return status
     except KeyboardInterrupt:
         return 130
     except KNOWN_ERRORS as error:
         print(f"restante: {error}", file=sys.stderr)
-        return _EXIT_FAILED
+        return EXIT_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,62 +65,143 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("worker", help="run the consumers, the clocks and the event log").set_defaults(run=_worker)
 
+    compose = commands.add_parser("compose", help="what the services of compose.yaml do once").add_subparsers(
+        required=True
+    )
+    compose.add_parser("files", help="make keys, certificates and passwords, and hand them out").set_defaults(
+        run=_compose_files
+    )
+    compose.add_parser("ledger", help="bring the tables up to date, make the operator's token").set_defaults(
+        run=_compose_ledger
+    )
+    compose.add_parser("welcome", help="make the demo's device, say where to go").set_defaults(run=_compose_welcome)
+
+    commands.add_parser("rebuild", help="make again what a broker held that lost its disk").set_defaults(run=_rebuild)
+
+    _backup_commands(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that everything is as it must be",
+        description="Check settings, files, database, broker, gateway and workers, each over a real connection; one "
+        "line for each says what to do. The exit status is 0, 1 with warnings, 2 with failures. It needs a worker's "
+        "secrets, so run it where one runs.",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object a line")
+    doctor.add_argument("--skip", action="append", default=[], metavar="CHECK", help="do without it (repeatable)")
+    doctor.set_defaults(run=_doctor)
+
+    accept = commands.add_parser(
+        "accept-revocation-log",
+        help="go on with the revocation log as it is, or with a new one if it is lost",
+        description="After a refusal to start. What the log has lost, a backup that is restored brings back to life.",
+    )
+    accept.set_defaults(run=_accept_revocation_log)
+
     topology = commands.add_parser("topology", help="what exists on the broker").add_subparsers(required=True)
     show = topology.add_parser("show", help="print exchanges, queues, bindings, policies and accounts")
     show.add_argument("--json", action="store_true", help="as one JSON object")
     show.set_defaults(run=_topology_show)
 
-    _device_commands(commands)
-    _command_commands(commands)
-    _token_commands(commands)
+    calls.add(commands)
+    _key_commands(commands)
+    _certificate_commands(commands)
     return parser
 
 
-def _device_commands(commands: Any) -> None:
-    device = commands.add_parser("device", help="make, list and delete devices").add_subparsers(required=True)
-    create = device.add_parser("create", help="make a device; prints its enrollment ticket once")
-    create.add_argument("id")
-    create.add_argument("--group", action="append", default=[], help="a group it is in (repeatable)")
-    create.add_argument(
-        "--ticket-file", type=Path, help="write the ticket to this new file (0600) instead of printing it"
+def _backup_commands(commands: Any) -> None:
+    backup = commands.add_parser(
+        "backup",
+        help="write all that the ledger knows to one file, while everything runs",
+        description="Write the ledger, as it is at one moment, and what is public of the state directory to one file "
+        "(0600). Keep the revocation log elsewhere: a backup has none.",
     )
-    create.set_defaults(run=_device_create)
-    get = device.add_parser("get", help="print one device")
-    get.add_argument("id")
-    get.set_defaults(run=lambda settings, given: _print(_call(settings, "GET", f"/v1/devices/{_segment(given.id)}")))
-    listing = device.add_parser("list", help="print all devices, one a line")
-    listing.set_defaults(run=lambda settings, _: _print_pages(settings, "/v1/devices"))
-    delete = device.add_parser("delete", help="delete a device with its mail, keys and connections")
-    delete.add_argument("id")
-    delete.set_defaults(run=lambda settings, given: _call(settings, "DELETE", f"/v1/devices/{_segment(given.id)}"))
+    backup.add_argument("file", type=Path)
+    backup.add_argument("--force", action="store_true", help="overwrite the file")
+    backup.add_argument("--with-secrets", action="store_true", help="add signing keys and passwords, in the clear")
+    backup.add_argument("--with-authority-key", action="store_true", help="add the authority's key, in the clear")
+    backup.set_defaults(run=_backup)
+    restore = commands.add_parser(
+        "restore",
+        help="fill an empty database from a backup",
+        description="Fill an empty database from a backup of this version or an older one, and put back what the state "
+        "directory lacks. All gateways and workers must be stopped. See docs/recovery.md for what is true afterwards.",
+    )
+    restore.add_argument("file", type=Path)
+    restore.add_argument("--replace", action="store_true", help="throw away what the database has")
+    restore.set_defaults(run=_restore)
 
 
-def _command_commands(commands: Any) -> None:
-    command = commands.add_parser("command", help="send commands and look at them").add_subparsers(required=True)
-    send = command.add_parser("send", help="send a command and wait for its outcome")
-    send.add_argument("device")
-    send.add_argument("name", help="such as door.close")
-    send.add_argument("--args", default="{}", help="the arguments, a JSON object (default: {})")
-    send.add_argument("--ttl", type=float, default=60.0, help="seconds until it must be picked up (default: 60)")
-    send.add_argument("--wait", type=int, default=10, help="seconds to wait for the outcome, 60 at most (default: 10)")
-    send.set_defaults(run=_command_send)
-    get = command.add_parser("get", help="print one command with its timeline")
-    get.add_argument("id")
-    get.set_defaults(run=lambda settings, given: _print(_call(settings, "GET", f"/v1/commands/{_segment(given.id)}")))
+def _certificate_commands(commands: Any) -> None:
+    certs = commands.add_parser("certs", help="show and renew certificates, replace the authority")
+    actions = certs.add_subparsers(required=True)
+    actions.add_parser("show", help="print all authorities and certificates, one a line").set_defaults(run=_certs_show)
+    renew = actions.add_parser(
+        "renew",
+        help="issue the certificates again that end soon",
+        description="Issue again what has less than a third of its life left. Running processes take it up, and no "
+        "connection is dropped. Safe to run every day.",
+    )
+    renew.add_argument("--force", action="store_true", help="whether it is time or not")
+    renew.add_argument("--days", type=int, default=0, help="that the new ones are good for; implies --force")
+    renew.set_defaults(run=_certs_renew)
+    ca = actions.add_parser("ca", help="export the authority's key; replace the authority").add_subparsers(
+        required=True
+    )
+    export = ca.add_parser("export", help="write the authority's private key to a new file, encrypted")
+    export.add_argument("file", type=Path)
+    export.add_argument("--delete", action="store_true", help="and take it off this machine")
+    export.set_defaults(run=_certs_export)
+    rotate = ca.add_parser(
+        "rotate",
+        help="make a successor of the authority, and announce it to devices",
+        description="Make a successor of the authority. Devices learn of it from the present one, and believe both; no "
+        "certificate changes yet.",
+    )
+    rotate.add_argument("--host", action="append", default=[], help="a name it vouches for, too (repeatable)")
+    rotate.set_defaults(run=_certs_rotate)
+    switch = ca.add_parser("switch", help="have the successor issue all certificates")
+    switch.add_argument(
+        "--retire-after", type=int, metavar="SECONDS", help="that the one before is still believed (default: a week)"
+    )
+    switch.set_defaults(run=_certs_switch)
+    for command in (renew, rotate, switch):
+        command.add_argument("--ca-key", type=Path, metavar="FILE", help="the authority's exported key")
+    for command in (renew, export, rotate, switch):
+        command.add_argument(
+            "--passphrase-file", type=Path, metavar="FILE", help="with that key's passphrase (default: it is asked for)"
+        )
 
 
-def _token_commands(commands: Any) -> None:
-    token = commands.add_parser("token", help="make, list and revoke tokens of callers").add_subparsers(required=True)
-    create = token.add_parser("create", help="make a token; prints it once")
-    create.add_argument("subject", help="who it is for, such as billing")
-    create.add_argument("--scope", action="append", required=True, help="such as commands:send (repeatable)")
-    create.add_argument("--life", type=int, default=90 * 24 * 3600, help="seconds it lives (default: 90 days)")
-    create.set_defaults(run=_token_create)
-    listing = token.add_parser("list", help="print all tokens (never their secret), one a line")
-    listing.set_defaults(run=lambda settings, _: _print_pages(settings, "/v1/tokens"))
-    revoke = token.add_parser("revoke", help="revoke a token by its jti")
-    revoke.add_argument("jti")
-    revoke.set_defaults(run=lambda settings, given: _call(settings, "DELETE", f"/v1/tokens/{_segment(given.jti)}"))
+def _key_commands(commands: Any) -> None:
+    keys = commands.add_parser("keys", help="list, rotate and retire the keys that sign tokens and commands")
+    actions = keys.add_subparsers(required=True)
+    actions.add_parser("list", help="print all signing keys, one a line").set_defaults(run=_keys_list)
+    rotate = actions.add_parser(
+        "rotate",
+        help="make the next signing keys",
+        description="Publish a next key, which signs after a while. What the present one has signed counts on for as "
+        "long as it may be of use; no process needs a restart. Run again before the next key signs, it does nothing.",
+    )
+    which = rotate.add_mutually_exclusive_group()
+    for name in ("tokens", "commands"):
+        which.add_argument(f"--{name}", action="store_const", dest="purpose", const=name, help=f"those of {name} only")
+    rotate.add_argument("--lead", type=int, metavar="SECONDS", help="until the next key signs (default: 120)")
+    rotate.add_argument(
+        "--retire-after",
+        type=int,
+        metavar="SECONDS",
+        help="that the present key's signatures count after that (default: as long as a token or a command may live)",
+    )
+    rotate.set_defaults(run=_keys_rotate)
+    retire = actions.add_parser(
+        "retire",
+        help="refuse whatever a leaked key has signed",
+        description="Refuse whatever a key has signed, tokens and waiting commands. If it is the one that signs, "
+        "another takes its place first.",
+    )
+    retire.add_argument("kid", help="its thumbprint, as `restante keys list` shows it")
+    retire.add_argument("--now", action="store_true", required=True, help="needed, since there is no way back")
+    retire.set_defaults(run=_keys_retire)
 
 
 # ---- The stack ---------------------------------------------------------------------------------------
@@ -130,15 +214,15 @@ def _up(settings: Settings, given: argparse.Namespace) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    stack = Stack(settings, _say, hosts=[*(given.host or []), *LOCAL_NAMES])
+    stack = Stack(settings, say, hosts=[*(given.host or []), *LOCAL_NAMES])
     stack.start()
     try:
-        _say(f"the stack is up: callers use {stack.settings.api_url}, devices {stack.settings.amqps_url}")
-        _say(f"the operator's token is in {stack.files.operator_token}, the authority in {stack.files.authority}")
-        _say("Ctrl-C stops it")
+        say(f"the stack is up: callers use {stack.settings.api_url}, devices {stack.settings.amqps_url}")
+        say(f"the operator's token is in {stack.files.operator_token}, the authority in {stack.files.authority}")
+        say("Ctrl-C stops it")
         stack.supervise(ended)
     finally:
-        _say("stopping")
+        say("stopping")
         stack.stop()
     return 0
 
@@ -146,7 +230,7 @@ def _up(settings: Settings, given: argparse.Namespace) -> int:
 def _setup(settings: Settings, given: argparse.Namespace) -> int:
     from api.operator import setup
 
-    setup.run(settings, [*(given.host or []), *setup.LOCAL_NAMES], _say)
+    setup.run(settings, [*(given.host or []), *setup.LOCAL_NAMES], say)
     return 0
 
 
@@ -169,19 +253,142 @@ def _worker(settings: Settings, _: argparse.Namespace) -> int:
     return worker.run(settings)
 
 
+def _compose_files(settings: Settings, _: argparse.Namespace) -> None:
+    from api.operator import composed
+
+    composed.files(settings, composed.VOLUMES, say)
+
+
+def _compose_ledger(settings: Settings, _: argparse.Namespace) -> None:
+    from api.operator import setup
+
+    setup.make_ledger(settings, say)
+
+
+def _compose_welcome(settings: Settings, _: argparse.Namespace) -> None:
+    from api.operator import composed
+
+    composed.welcome(settings, composed.VOLUMES / "ticket" / "ticket", say)
+
+
+def _backup(settings: Settings, given: argparse.Namespace) -> int:
+    from api.operator import backup
+
+    done = backup.make(
+        settings,
+        given.file,
+        say,
+        force=given.force,
+        with_secrets=given.with_secrets,
+        with_authority_key=given.with_authority_key,
+    )
+    return show(done)
+
+
+def _restore(settings: Settings, given: argparse.Namespace) -> int:
+    from api.operator import backup
+
+    done = backup.restore(settings, given.file, say, replace=given.replace)
+    say(f"next: keep the newest revocation log at {settings.revocations}, start the workers and gateways, which replay")
+    say("it, then `restante rebuild`; docs/recovery.md says what the database can't know")
+    return show(done)
+
+
+def _doctor(settings: Settings, given: argparse.Namespace) -> int:
+    from api.operator import doctor
+    from api.operator.running import as_running
+
+    if unknown := sorted(set(given.skip) - set(doctor.CHECKS)):
+        say(f"there is no check '{unknown[0]}'; the checks are {', '.join(doctor.CHECKS)}")
+        return EXIT_USAGE
+    show = (lambda finding: print(finding.as_json())) if given.json else (lambda finding: print(finding.line()))
+    return doctor.run(as_running(settings), show, given.skip)
+
+
+def _accept_revocation_log(settings: Settings, _: argparse.Namespace) -> int:
+    from fabric.sql import accept_revocation_log
+
+    accept_revocation_log(settings.database)
+    say(f"the next start takes {settings.revocations} as it is")
+    return 0
+
+
+def _rebuild(settings: Settings, _: argparse.Namespace) -> int:
+    from api.operator import rebuild
+    from api.operator.running import as_running
+
+    done = rebuild.run(as_running(settings), say)
+    return show(asdict(done))
+
+
+def _certs_show(settings: Settings, _: argparse.Namespace) -> int:
+    from api.operator import certs
+
+    for each in certs.listing(settings):
+        print(json.dumps(each))
+    return 0
+
+
+def _certs_renew(settings: Settings, given: argparse.Namespace) -> None:
+    from api.operator import certs
+
+    unlock = certs.unlock(given.ca_key, given.passphrase_file)
+    certs.renew(settings, given.days, say, force=given.force, unlock=unlock)
+
+
+def _certs_export(settings: Settings, given: argparse.Namespace) -> None:
+    from api.operator import certs
+
+    certs.export(settings, given.file, given.passphrase_file, say, delete=given.delete)
+
+
+def _certs_rotate(settings: Settings, given: argparse.Namespace) -> None:
+    from api.operator import certs
+
+    certs.rotate(settings, given.host, certs.unlock(given.ca_key, given.passphrase_file), say)
+
+
+def _certs_switch(settings: Settings, given: argparse.Namespace) -> None:
+    from api.operator import certs
+
+    certs.switch(settings, given.retire_after, certs.unlock(given.ca_key, given.passphrase_file), say)
+
+
+def _keys_list(settings: Settings, _: argparse.Namespace) -> int:
+    from api.operator import keys
+
+    for key in keys.listing(settings):
+        print(json.dumps(key))
+    return 0
+
+
+def _keys_rotate(settings: Settings, given: argparse.Namespace) -> int:
+    from api.operator import keys
+
+    keys.rotate(settings, given.purpose, given.lead, given.retire_after, say)
+    return 0
+
+
+def _keys_retire(settings: Settings, given: argparse.Namespace) -> int:
+    from api.operator import keys
+
+    keys.retire(settings, given.kid, say)
+    return 0
+
+
 # ---- Looking -----------------------------------------------------------------------------------------
 
 
-def _topology_show(_: Settings, given: argparse.Namespace) -> int:
+def _topology_show(settings: Settings, given: argparse.Namespace) -> int:
     shown = {
         "exchanges": [asdict(exchange) for exchange in layout.EXCHANGES],
         "queues": [asdict(queue) for queue in (*layout.QUEUES, replace(layout.MAILBOX, name="mailbox.DEVICE"))],
         "bindings": [asdict(binding) for binding in layout.BINDINGS],
-        "policies": [asdict(policy) for policy in layout.POLICIES],
+        "policies": [asdict(policy) for policy in layout.policies(settings.largest_backlog)],
         "accounts": [asdict(account) for account in access.ACCOUNTS],
     }
     if given.json:
-        _print(shown)
+        show(shown)
         return 0
     for title, things in shown.items():
         print(f"{title}:")
@@ -196,80 +403,6 @@ def _brief(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {inner}" for key, inner in value.items())
     return str(value)
-
-
-# ---- Through the gateway -----------------------------------------------------------------------------
-
-
-def _device_create(settings: Settings, given: argparse.Namespace) -> int:
-    made = _call(settings, "POST", "/v1/devices", json={"id": given.id, "groups": given.group})
-    ticket = made["enrollment"]["ticket"]
-    if given.ticket_file:
-        from api.operator.secrets import write_private
-
-        write_private(given.ticket_file, f"{ticket}\n".encode())
-        _say(f"the ticket is in {given.ticket_file}; it is good until {made['enrollment']['expires_at']}")
-    else:
-        print(ticket)
-    return 0
-
-
-def _command_send(settings: Settings, given: argparse.Namespace) -> int:
-    try:
-        arguments = json.loads(given.args)
-    except ValueError as error:
-        print(f"restante: --args is not JSON: {error}", file=sys.stderr)
-        return _EXIT_USAGE
-    command = _call(
-        settings,
-        "POST",
-        f"/v1/devices/{_segment(given.device)}/commands",
-        json={"name": given.name, "args": arguments, "ttl": given.ttl},
-        headers={"Prefer": f"wait={given.wait}"},
-        timeout=given.wait + 15.0,
-    )
-    _print(command)
-    return 0 if command["state"] == "succeeded" else _EXIT_FAILED
-
-
-def _token_create(settings: Settings, given: argparse.Namespace) -> int:
-    made = _call(
-        settings, "POST", "/v1/tokens", json={"subject": given.subject, "scopes": given.scope, "life": given.life}
-    )
-    print(made["token"])
-    return 0
-
-
-def _call(settings: Settings, method: str, path: str, **arguments: Any) -> Any:
-    from api.operator.client import Connection
-
-    return Connection.of(settings).call(method, path, **arguments)
-
-
-def _print_pages(settings: Settings, path: str) -> int:
-    query: dict[str, str] = {}
-    while True:
-        page = _call(settings, "GET", path, params=query)
-        for item in page["items"]:
-            print(json.dumps(item))
-        if not page.get("next"):
-            return 0
-        query = {"cursor": page["next"]}
-
-
-def _print(value: object) -> int:
-    print(json.dumps(value, indent=2))
-    return 0
-
-
-def _segment(text: str) -> str:
-    from urllib.parse import quote
-
-    return quote(text, safe="")
-
-
-def _say(text: str) -> None:
-    print(f"restante: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -51,19 +51,31 @@ class Connection:
         Raises:
             CallFailed: with the problem document's title and detail.
         """
+        try:
+            with self.client(timeout) as client:
+                answer = client.request(method, path, **arguments)
+        except httpx.HTTPError as error:
+            raise self.unreachable(error) from None
+        if answer.is_success:
+            return answer.json() if answer.content else None
+        raise failure(answer)
+
+    def client(self, timeout: float | httpx.Timeout) -> httpx.Client:
+        """For several requests, with the token."""
         import ssl
 
         context = ssl.create_default_context(cafile=self.ca_file)
-        headers = {"Authorization": f"Bearer {self.token}", **arguments.pop("headers", {})}
-        try:
-            with httpx.Client(base_url=self.api_url, verify=context, timeout=timeout) as client:
-                answer = client.request(method, path, headers=headers, **arguments)
-        except httpx.HTTPError as error:
-            raise CallFailed(f"The gateway {self.api_url} can't be reached: {error}. Is the stack up?") from None
-        if answer.is_success:
-            return answer.json() if answer.content else None
-        try:
-            problem = answer.json()
-            raise CallFailed(f"{problem['title']}: {problem.get('detail', '')}")
-        except (ValueError, KeyError):
-            raise CallFailed(f"The gateway answered {answer.status_code}.") from None
+        headers = {"Authorization": f"Bearer {self.token}"}
+        return httpx.Client(base_url=self.api_url, headers=headers, verify=context, timeout=timeout)
+
+    def unreachable(self, error: httpx.HTTPError) -> CallFailed:
+        return CallFailed(f"The gateway {self.api_url} can't be reached: {error}. Is the stack up?")
+
+
+def failure(answer: httpx.Response) -> CallFailed:
+    """What a refusal says: the title and the detail of its problem document."""
+    try:
+        problem = answer.json()
+        return CallFailed(f"{problem['title']}: {problem.get('detail', '')}")
+    except (ValueError, KeyError):
+        return CallFailed(f"The gateway answered {answer.status_code}.")

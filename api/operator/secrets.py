@@ -55,14 +55,24 @@ def write_private(path: Path, content: bytes) -> Path:
 
 
 def replace_private(path: Path, content: bytes) -> Path:
-    """Put this content in `path`, mode 0600, at once: a reader sees the old file or the new one."""
+    """Put this content in `path`, mode 0600, at once and durably: a reader sees the old file or the new one."""
     temporary = write_private(_sibling(path), content)
     try:
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    make_lasting(path.parent)
     return path
+
+
+def make_lasting(directory: Path) -> None:
+    """Write through which files a directory has."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def private_directory(path: Path) -> Path:

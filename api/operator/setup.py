@@ -1,30 +1,27 @@
 """`restante setup`: everything a stack needs before it starts, made once and kept.
 
-Idempotent: what is there and usable stays; only a certificate that lacks a name or is about to expire is
-issued again.
+Idempotent: what is there and usable stays; only a certificate that lacks a name, was not issued by the present
+authority or has less than a third of its life left is issued again.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509 import DNSName, IPAddress, SubjectAlternativeName
+import jwt
 
-from api.operator import authority
-from api.operator.secrets import account_password, private_directory, replace_private, write_private
+from api.operator import certificates, rings, succession
+from api.operator.rings import Purpose, RingFiles
+from api.operator.secrets import account_password, private_directory, replace_private, secret
+from api.operator.succession import AuthorityFiles
 from api.settings import Settings
 from fabric.identity import scopes
 from fabric.identity.issued import LONGEST_LIFE, IssuedTokens
-from fabric.signing import SigningKey, signing_key
-from fabric.sql import migrate, open_store
+from fabric.sql import Store, migrate, open_store
 from topology import access, enrollment
 
 OPERATOR = "operator"
-_RENEW_BEFORE = timedelta(days=30)
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -36,27 +33,38 @@ class Files:
 
     @property
     def authority(self) -> Path:
-        return self.state_dir / "authority" / "ca.pem"
+        """What callers verify with."""
+        return self.authorities.certificates
 
     @property
     def authority_key(self) -> Path:
-        return self.state_dir / "authority" / "ca.key"
+        return self.authorities.keys
+
+    @property
+    def authorities(self) -> AuthorityFiles:
+        return AuthorityFiles(self.state_dir)
 
     @property
     def certificate(self) -> Path:
-        return self.state_dir / "certificates" / "server.pem"
+        """The API's, with its private key."""
+        return self.state_dir / "certificates" / "api.pem"
 
     @property
-    def key(self) -> Path:
-        return self.state_dir / "certificates" / "server.key"
+    def broker_certificate(self) -> Path:
+        """The broker's, with its private key."""
+        return self.state_dir / "certificates" / "broker.pem"
 
     @property
-    def token_key(self) -> Path:
-        return self.state_dir / "secrets" / "tokens.pem"
+    def token_keys(self) -> RingFiles:
+        return RingFiles(self.state_dir, Purpose.TOKENS)
 
     @property
-    def command_key(self) -> Path:
-        return self.state_dir / "secrets" / "commands.pem"
+    def command_keys(self) -> RingFiles:
+        return RingFiles(self.state_dir, Purpose.COMMANDS)
+
+    @property
+    def cursor_secret(self) -> Path:
+        return self.state_dir / "secrets" / "cursors"
 
     @property
     def operator_token(self) -> Path:
@@ -76,76 +84,84 @@ def run(settings: Settings, names: Sequence[str], log: Callable[[str], None]) ->
     Raises:
         authority.AuthorityError, fabric.errors.FabricError: one sentence that says what is wrong.
     """
-    files = Files(settings.state_dir)
-    private_directory(settings.state_dir)
-    _certificates(files, names, log)
-    for path in (files.token_key, files.command_key):
-        if not path.exists():
-            private_directory(path.parent)
-            write_private(path, _new_key())
-            log(f"made the signing key {path.name}")
-    for account in access.ACCOUNTS:
-        account_password(settings.state_dir, account.name)
-    migrate(settings.database)
-    if not files.operator_token.exists():
-        replace_private(files.operator_token, asyncio.run(_operator_token(settings, files)).encode())
-        log(f"made the operator's token: {files.operator_token}")
+    files = make_files(settings, names, log)
+    make_certificates(settings, names, names, log)
+    make_ledger(settings, log)
     return files
 
 
-def load_signing_key(path: Path) -> SigningKey:
-    """A signing key that `run` made. Raises `AuthorityError`, saying to run `restante setup`."""
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        raise authority.AuthorityError(
-            f"The signing key {path} can't be read ({error}); run `restante setup`."
-        ) from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise authority.AuthorityError(f"{path} is not a P-256 key.")
-    return signing_key(key)
+def make_files(settings: Settings, names: Sequence[str], log: Callable[[str], None]) -> Files:
+    """Make the authority for these names, unless another one is configured, the signing keys and the passwords that
+    are missing."""
+    files = Files(settings.state_dir)
+    private_directory(settings.state_dir)
+    if settings.authority_certificate:
+        succession.adopt(files.authorities, Path(settings.authority_certificate))
+    else:
+        succession.prepare(files.authorities, list(names), log)
+    for keys in (files.token_keys, files.command_keys):
+        rings.prepare(keys, log)
+    secret(files.cursor_secret)
+    for account in access.ACCOUNTS:
+        account_password(settings.state_dir, account.name)
+    return files
 
 
-def _certificates(files: Files, names: Sequence[str], log: Callable[[str], None]) -> None:
-    now = datetime.now(UTC)
-    if not files.authority.exists():
-        made = authority.make_authority("Restante authority", names, now=now)
-        authority.save(made, files.authority, files.authority_key)
-        log("made an authority of our own")
-    if _is_good(files.certificate, names, now):
+def make_certificates(
+    settings: Settings, api: Sequence[str], broker: Sequence[str], log: Callable[[str], None]
+) -> None:
+    """See that there are good certificates for these names of the API and of the broker: issued now, if it is time, or
+    taken over from where the settings say.
+
+    Raises:
+        AuthorityError: one sentence that says what is wrong with one.
+    """
+    files = Files(settings.state_dir)
+    wanted = (files.certificate, api), (files.broker_certificate, broker)
+    if (given := certificates.brought(settings)) is not None:
+        trusted = succession.serving(files.authorities)
+        for (path, names), each in zip(wanted, given, strict=True):
+            certificates.adopt(each, trusted, names, path, log)
+    else:
+        for path, names in wanted:
+            certificates.keep(files.authorities, path, names, log)
+
+
+def make_ledger(settings: Settings, log: Callable[[str], None]) -> None:
+    """Bring the database's tables up to date, and make the operator's token if it is missing."""
+    migrate(settings.database)
+    asyncio.run(_operator_token(settings, log))
+
+
+async def renew_operator_token(store: Store, settings: Settings, log: Callable[[str], None]) -> None:
+    """Make the operator's token, unless there is one that was signed by a key whose signatures count."""
+    files = Files(settings.state_dir)
+    keys = rings.open_keys(files.token_keys, store.clock.now)
+    if files.operator_token.exists() and keys.public(_kid(files.operator_token)) is not None:
         return
-    signer = authority.load(files.authority, files.authority_key)
-    authority.save(authority.issue(signer, names, now=now), files.certificate, files.key)
-    log(f"issued a certificate for {', '.join(names)}")
-
-
-def _is_good(path: Path, names: Sequence[str], now: datetime) -> bool:
-    if not path.exists():
-        return False
-    certificate = authority.load_certificate(path)
-    alternatives = certificate.extensions.get_extension_for_class(SubjectAlternativeName).value
-    held = {*alternatives.get_values_for_type(DNSName), *map(str, alternatives.get_values_for_type(IPAddress))}
-    return set(names) <= held and certificate.not_valid_after_utc - now > _RENEW_BEFORE
-
-
-def _new_key() -> bytes:
-    return ec.generate_private_key(ec.SECP256R1()).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    tokens = IssuedTokens(
+        store.registry,
+        store.clock,
+        enrollment.issuer(settings.fabric),
+        enrollment.api_audience(settings.fabric),
+        keys,
     )
+    token, _ = await tokens.mint(OPERATOR, tuple(sorted(scopes.ACTIONS)), LONGEST_LIFE)
+    replace_private(files.operator_token, token.encode())
+    log(f"made the operator's token: {files.operator_token}")
 
 
-async def _operator_token(settings: Settings, files: Files) -> str:
+def _kid(path: Path) -> str:
+    try:
+        return str(jwt.get_unverified_header(path.read_text().strip()).get("kid"))
+    except jwt.PyJWTError:
+        return ""
+
+
+async def _operator_token(settings: Settings, log: Callable[[str], None]) -> None:
     """A token with every scope, for whoever may read the state directory."""
     store = await open_store(settings.database)
     try:
-        tokens = IssuedTokens(
-            store.registry,
-            store.clock,
-            enrollment.issuer(settings.fabric),
-            enrollment.api_audience(settings.fabric),
-            load_signing_key(files.token_key),
-        )
-        token, _ = await tokens.mint(OPERATOR, tuple(sorted(scopes.ACTIONS)), LONGEST_LIFE)
-        return token
+        await renew_operator_token(store, settings, log)
     finally:
         await store.close()

@@ -86,3 +86,23 @@ def answers_http(host: str, port: int, path: str, timeout: float, *, user: str, 
         return False
     finally:
         connection.close()
+
+
+class NoWayError(Exception):
+    """A host has no address, or no way leads there; the message says which."""
+
+
+def own_address(host: str) -> str:
+    """`host`; or, for `@NAME`, the address of this machine from which it reaches that one.
+
+    Raises:
+        NoWayError: it doesn't.
+    """
+    if not host.startswith("@"):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host[1:], 9))  # sends nothing
+        except OSError as error:
+            raise NoWayError(f"There is no way to {host[1:]}, towards which to listen: {error}.") from error
+        return str(probe.getsockname()[0])

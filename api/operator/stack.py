@@ -14,18 +14,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from api.operator import setup
 from api.operator.broker_files import LOOPBACK
 from api.operator.node import BrokerNode, NodeError
 from api.operator.processes import Child
+from api.operator.running import PLACES
 from api.operator.secrets import private_directory, replace_private
 from api.operator.setup import LOCAL_NAMES, Files
 from api.operator.sockets import free_port, is_free
 from api.operator.userland import Binaries, find_binaries
-from api.settings import PREFIX, Settings
+from api.settings import PREFIX, Settings, as_environment
 from topology import names
 
 READY_TIMEOUT = 60.0  # seconds from the gateway's start until it says it is ready
@@ -182,8 +183,8 @@ class Stack:
         ports = self._ports()
         self.broker = BrokerNode(
             self.files.state_dir,
-            certificate=self.files.certificate,
-            key=self.files.key,
+            certificate=self.files.broker_certificate,
+            key=None,
             authority=self.files.authority,
             auth_url=f"http://{LOOPBACK}:{ports['auth_port']}/broker/auth",
             binaries=self._binaries or find_binaries(_configured_broker(), log=self._log),
@@ -200,16 +201,18 @@ class Stack:
             api_port=ports["api_port"],
             auth_host=LOOPBACK,
             auth_port=ports["auth_port"],
+            worker_host=LOOPBACK,
+            worker_port=ports["worker_port"],
             tls_certificate=str(self.files.certificate),
-            tls_key=str(self.files.key),
+            tls_key="",
         )
 
     def _ports(self) -> dict[str, int]:
-        """The gateway's ports: as configured, else as last time if they are free, else free ones."""
+        """The ports of gateway and worker: as configured, else as last time if they are free, else free ones."""
         path = self.files.state_dir / "ports.json"
         remembered: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
         chosen: dict[str, int] = {}
-        for name, host in (("api_port", self._wanted.api_host), ("auth_port", LOOPBACK)):
+        for name, host in (("api_port", self._wanted.api_host), ("auth_port", LOOPBACK), ("worker_port", LOOPBACK)):
             configured: int = getattr(self._wanted, name)
             if configured != getattr(_DEFAULTS, name):
                 if not is_free(host, configured):
@@ -223,9 +226,8 @@ class Stack:
 
     def _environment(self) -> dict[str, str]:
         """What the services are told: every setting; secrets are in files that only the settings name."""
-        told = {f"{PREFIX}{field.name.upper()}": str(getattr(self.settings, field.name)) for field in fields(Settings)}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        return {**kept, **told, "PYTHONUNBUFFERED": "1", **self._extra}
+        return {**kept, **as_environment(self.settings), "PYTHONUNBUFFERED": "1", **self._extra}
 
     def _revive(self, service: _Service) -> None:
         now = time.monotonic()
@@ -246,6 +248,7 @@ class Stack:
             "amqps_url": self.settings.amqps_url,
             "ca_file": str(self.files.authority),
             "token_file": str(self.files.operator_token),
+            "inside": {name: getattr(self.settings, name) for name in PLACES},  # for `restante doctor` and `rebuild`
         }
         replace_private(self.files.stack, (json.dumps(summary, indent=2) + "\n").encode())
 

@@ -6,58 +6,71 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 
 import uvloop
 
 from api import logs
-from api.operator import wiring
+from api.operator import certificates, figures, internal, rings, succession, wiring
+from api.operator.beat import beat
+from api.operator.knocker import Knocker
 from api.operator.secrets import account_password
+from api.operator.setup import Files
+from api.operator.sockets import own_address
 from api.settings import Settings
 from fabric.amqp.connection import Link
 from fabric.amqp.consumer import Consumer
-from fabric.amqp.declarer import declare_topology
-from fabric.amqp.mending import mend_streams
+from fabric.errors import Temporary
+from fabric.guarding import HANDS, FloodGuard
+from fabric.identity.revocation_log import RevocationLog
 from fabric.mail import Postman, Republisher
 from fabric.management import ManagementClient
+from fabric.ports import Ledger
 from fabric.sql import open_store
 from fabric.uplink import Inbox
 from fabric.worker.claims import Claims
-from fabric.worker.clocks import Closures, Deadlines, Presence, Reconciler, Sequencer, keep_running
+from fabric.worker.clocks import Deadlines, Reconciler, Sequencer, keep_running
+from fabric.worker.closing import CloseRequests, Closures
 from fabric.worker.gate import LOOK_EVERY, Gate
 from fabric.worker.reports import DeadLetters, Recorder, Reports
-from topology import access, layout, names
+from fabric.worker.retention import Pruner
+from fabric.worker.sessions import Presence, SessionEvents
+from topology import access, names
 
 log = logging.getLogger(__name__)
 
 _TICK = 0.05  # seconds between looks at the deadlines
 _POLL = 0.1  # seconds between looks at what else waits in the ledger
 _PRESENCE = 5.0  # seconds: the broker's statistics are no fresher
+_LOGGING = 1.0  # seconds: for what a gateway could not write itself
+_PRUNING = 10.0  # seconds: nobody waits for it
+_DAY = 86_400_000_000  # microseconds
 _PREFETCH = 200
+_PREFETCH_RETURNED = 20  # they come in bursts, and must not stand in the way of the clocks that have said it already
 
 
 def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit status."""
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, as_json=settings.log_format == "json")
     gc.freeze()  # what is imported stays: collections need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings))
-    return 0
+        return runner.run(_serve(settings))
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings) -> int:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    store = await open_store(settings.database)
+    store = await open_store(settings.database, RevocationLog(settings.revocations))
     broker = wiring.broker(settings, access.WORKER)
     admin = ManagementClient(settings.management_url, access.ADMIN, account_password(settings.state_dir, access.ADMIN))
+    knocker = Knocker(broker.publishing, stopping.set)
     came_back = asyncio.Event()
 
     async def prepare(link: Link) -> None:
-        await declare_topology(link)
-        await mend_streams(link)
-        for policy in layout.POLICIES:
-            await admin.put_policy(policy)
+        await wiring.prepare(link, store.ledger, admin, settings)
         came_back.set()
 
     broker.publishing.on_connect(prepare)
@@ -66,24 +79,63 @@ async def _serve(settings: Settings) -> None:
     ledger, registry, clock, publisher = store.ledger, store.registry, store.clock, broker.publisher
     recorder = Recorder(ledger, publisher)
     republisher = Republisher(ledger, Postman(ledger, publisher, clock), clock)
-    gate = Gate(lambda: publisher.depth(names.REPORTS), broker.consuming.connected.is_set)
-    reports = Reports(Inbox(names.REPORTS, ledger, clock), recorder, gate.handled)
-    claims = Claims(Inbox(names.CLAIMS, ledger, clock), recorder, ledger, registry, publisher, clock)
-    dead = DeadLetters(Inbox(names.RETURNED, ledger, clock), recorder, gate.is_open)
+    flood = FloodGuard(settings.limits, store.sessions, admin.close_connections, clock)
+    inbox = Inbox(names.REPORTS, ledger, clock, flood)
+    gate = Gate(
+        lambda: publisher.depth(names.REPORTS), lambda: inbox.refused["flood"], broker.consuming.connected.is_set
+    )
+    keys = rings.Watch(Files(settings.state_dir).command_keys, clock, private=False)
+    trusted = succession.Watch(Files(settings.state_dir).authorities)
+    claiming, returned = (Inbox(queue, ledger, clock, flood) for queue in (names.CLAIMS, names.RETURNED))
+    claims = Claims(claiming, recorder, ledger, registry, publisher, clock, keys.keys, trusted.authorities)
+    dead = DeadLetters(returned, recorder, gate.is_open)
+    closures = Closures(registry, admin)
+    sessions = SessionEvents(settings.cell, store.sessions, flood, clock)
     consumers = [
-        Consumer(broker.consuming, names.REPORTS, reports.on_delivery, prefetch=_PREFETCH, on_start=gate.started),
+        Consumer(
+            broker.consuming,
+            names.REPORTS,
+            Reports(inbox, recorder, gate.handled).on_delivery,
+            prefetch=_PREFETCH,
+            on_start=gate.started,
+        ),
         Consumer(broker.consuming, names.CLAIMS, claims.on_delivery, prefetch=_PREFETCH),
-        Consumer(broker.consuming, names.RETURNED, dead.on_delivery, prefetch=_PREFETCH),
+        Consumer(broker.consuming, names.RETURNED, dead.on_delivery, prefetch=_PREFETCH_RETURNED),
+        Consumer(broker.consuming, names.CLOSURES, CloseRequests(admin, publisher).on_delivery, prefetch=_PREFETCH),
+        Consumer(broker.consuming, names.SESSIONS, sessions.on_delivery, prefetch=_PREFETCH, on_start=sessions.started),
     ]
     owner = f"{socket.gethostname()}:{os.getpid()}"
-    reconciler = Reconciler(settings.cell, ledger, publisher, republisher)
+    sequencer = Sequencer(owner, ledger, publisher)
+
+    ready = partial(_ready, broker, ledger, keys)
+    everywhere = figures.Everywhere(settings.state_dir, ready, ledger.lives, publisher, flood)
+    inside = internal.Listener(
+        figures.of_worker(everywhere, store.figures, (inbox, claiming, returned), recorder, closures, gate.is_open),
+        own_address(settings.worker_host),
+        settings.worker_port,
+        internal.health(ready),
+    )
     passes = {
         "gate": (LOOK_EVERY, gate.look),
         "deadlines": (_TICK, Deadlines(ledger, recorder, clock, gate).run_once),
         "republisher": (_POLL, republisher.run_once),
-        "sequencer": (_POLL, Sequencer(owner, ledger, publisher).run_once),
-        "closures": (_POLL, Closures(registry, admin).run_once),
-        "presence": (_PRESENCE, Presence(registry, admin, clock).run_once),
+        "sequencer": (_POLL, sequencer.run_once),
+        "events": (_POLL, sequencer.publish_once),
+        "closures": (_POLL, closures.run_once),
+        **{f"flood-guard-{hand}": (0.0, flood.run_once) for hand in range(HANDS)},
+        "sessions": (0.0, sessions.run_once),
+        "presence": (_PRESENCE, Presence(settings.cell, store.sessions, admin, flood, clock).run_once),
+        "revocation-log": (_LOGGING, store.revocations.flush),
+        "signing-keys": (rings.READ_EVERY, keys.look),
+        "authorities": (rings.READ_EVERY, trusted.look),
+        "certificates": (certificates.WARN_EVERY, lambda: certificates.warn(settings.state_dir)),
+        "doors": (0.0, knocker.run_once),
+        "retention": (
+            _PRUNING,
+            Pruner(
+                store.retention, store.audit, clock, settings.retention * _DAY, settings.audit_retention * _DAY
+            ).run_once,
+        ),
     }
     try:
         await broker.start()
@@ -91,18 +143,34 @@ async def _serve(settings: Settings) -> None:
             await consumer.start()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(keep_running(name, every, once)) for name, (every, once) in passes.items()]
-            tasks.append(group.create_task(_reconcile(came_back, reconciler)))
+            reconciling = _reconcile(came_back, Reconciler(settings.cell, ledger, publisher, republisher))
+            tasks += map(group.create_task, (reconciling, beat(settings.ready_file, ready)))
+            group.create_task(inside.run())
             log.info("worker.started owner=%s", owner)
             await stopping.wait()
             log.info("worker.stopping")
+            inside.stop()
             for task in tasks:
                 task.cancel()
+        with suppress(Temporary):
+            await sequencer.leave()
     finally:
-        for consumer in consumers:
-            await consumer.stop()
-        await broker.stop()
-        await admin.close()
-        await store.close()
+        for stop in (*(consumer.stop for consumer in consumers), broker.stop, admin.close, store.close):
+            await stop()
+    return int(knocker.refused)
+
+
+async def _ready(broker: wiring.Broker, ledger: Ledger, keys: rings.Watch) -> Mapping[str, str]:
+    """What it lacks to do its work, each with its reason."""
+    problems = broker.problems()
+    try:
+        await ledger.incarnation()
+    except Temporary as error:
+        log.debug("ready.ledger error=%s", error)
+        problems["ledger"] = "not answering"
+    if keys.problem:
+        problems["signing-keys"] = "can't be read"
+    return problems
 
 
 async def _reconcile(came_back: asyncio.Event, reconciler: Reconciler) -> None:
