@@ -1,133 +1,129 @@
-"""`make bench`: how long a command takes over HTTP, as a ratio to a bare AMQP round trip.
+"""`make bench`: what the fabric costs and how exact it is, each figure beside a floor or a peer from the same run.
 
-Both go over the same broker in the same run, in turns: the floor is a confirmed publish to a durable
-classic queue, a bare client that consumes it over TLS, acks and answers, and the answer by direct reply-to.
+Measures run one after another, each in a process of its own. Progress is on standard error; each measure's table, and
+at the end the list of all bars, on standard output. Exits 1 if a bar is not met or a measure failed.
 """
 
 import argparse
-import http.client
 import json
-import ssl
-import statistics
+import math
+import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from api.operator.stack import Stack
-from api.settings import Settings
-from bench.device import Agent
-from bench.floor import Floor
+from bench import documents, page, report
+from bench.documents import Run
+from bench.measures import MEASURES
+from bench.one import DATABASE
+from bench.results import Result
+from bench.run import Options, say
 
-BAR = 6.0  # times the floor: above it the design is wrong somewhere
+DEFAULT_JSON = Path(".local/bench.json")
+_QUICK = 160.0  # seconds for all of a quick run, so that it is under 3 minutes
+_LEAST = 0.4  # of its budget, below which a measure would find nothing
+_OVERDUE = 60.0  # seconds beyond twice its budget that a measure is given: a slow machine is no failure
+_LATE = 10.0  # seconds beyond the end of a quick run that its last measure is given
+_CLEANING = 45.0  # seconds that an overdue measure is given to stop what it started
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer round trips")
-    parser.add_argument("--database", default="", help="PostgreSQL URL of the ledger (default: SQLite)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    given = parser.parse_args()
-    rounds, count = (5, 200) if given.quick else (9, 1000)
-    with ExitStack() as cleanup:
-        root = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="restante-bench-")))
-        _say("starting a stack of its own")
-        stack = Stack(Settings(state_dir=root / "stack", database_url=given.database), _say)
-        cleanup.callback(stack.stop)
-        stack.start()
-        caller = Caller(stack)
-        agent = Agent(root / "device", stack, caller.create_device("bench-1"))
-        cleanup.callback(agent.stop)
-        floor = Floor(stack)
-        cleanup.callback(floor.stop)
-        pairs = []
-        for number in range(rounds + 1):
-            bare = _round(floor.round_trip, count)
-            over_http = _round(lambda: caller.command("bench-1"), count)
-            if number:  # the first one warms up
-                pairs.append((bare, over_http))
-                _say(f"round {number} of {rounds}: bare {_shown(bare)}, over HTTP {_shown(over_http)}")
-    return _report(pairs, stack.settings.database, given.json)
-
-
-class Caller:
-    """A back-end service: one kept-alive HTTPS connection of the standard library, so that little is its own cost."""
-
-    def __init__(self, stack: Stack) -> None:
-        place = urlsplit(stack.settings.api_url)
-        context = ssl.create_default_context(cafile=stack.files.authority)
-        self._connection = http.client.HTTPSConnection(place.hostname or "", place.port, context=context, timeout=30)
-        self._headers = {
-            "Authorization": f"Bearer {stack.files.operator_token.read_text().strip()}",
-            "Content-Type": "application/json",
-        }
-
-    def create_device(self, id: str) -> str:
-        made = self._post("/v1/devices", {"id": id}, {})
-        ticket: str = made["enrollment"]["ticket"]  # type: ignore[index]  # the gateway's document
-        return ticket
-
-    def command(self, id: str) -> None:
-        done = self._post(f"/v1/devices/{id}/commands", {"name": "noop", "args": {}}, {"Prefer": "wait=20"})
-        if done["state"] != "succeeded":
-            raise RuntimeError(f"a command is {done['state']}: {json.dumps(done)}")
-
-    def _post(self, path: str, body: dict[str, object], headers: dict[str, str]) -> dict[str, object]:
-        self._connection.request("POST", path, json.dumps(body), {**self._headers, **headers})
-        answer = self._connection.getresponse()
-        document: dict[str, object] = json.loads(answer.read())
-        if answer.status >= 300:
-            raise RuntimeError(f"{answer.status}: {document}")
-        return document
-
-
-def _round(call: Callable[[], None], count: int) -> list[float]:
-    """Milliseconds of each call."""
-    taken = []
-    for _ in range(count):
-        began = time.perf_counter()
-        call()
-        taken.append((time.perf_counter() - began) * 1000)
-    return taken
-
-
-def _report(pairs: list[tuple[list[float], list[float]]], database: str, target: Path | None) -> int:
-    ratios = {
-        name: [_percentile(http_, part) / _percentile(bare, part) for bare, http_ in pairs]
-        for name, part in (("p50", 0.5), ("p99", 0.99))
-    }
-    ledger = database.partition(":")[0]
-    print(f"\ncommand round trip over HTTP, waiting for its outcome (ledger: {ledger}), against a bare AMQP round trip")
-    print(
-        f"{'':8}{'bare':>12}{'over HTTP':>12}{'ratio':>9}   (median of {len(pairs)} rounds; ratio: lowest to highest)"
+    parser = argparse.ArgumentParser(
+        prog="bench",
+        description=__doc__,
+        epilog="\n\n".join(f"{name}: {measure.__doc__}" for name, measure in MEASURES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    figures = {}
-    for name, part in (("p50", 0.5), ("p99", 0.99)):
-        bare, over = (statistics.median(_percentile(pair[side], part) for pair in pairs) for side in (0, 1))
-        ratio = statistics.median(ratios[name])
-        figures[name] = {"bare_ms": bare, "http_ms": over, "ratio": ratio, "ratios": ratios[name]}
-        spread = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
-        print(f"{name:8}{bare:>9.2f} ms{over:>9.2f} ms{ratio:>8.2f}×   {spread}")
-    met = figures["p50"]["ratio"] <= BAR  # type: ignore[operator]  # a float
-    print(f"\nthe bar of {BAR:g}× at p50 is {'met' if met else 'NOT met'}")
-    if target:
-        target.write_text(json.dumps({"ledger": ledger, "rounds": len(pairs), **figures}, indent=2) + "\n")
-    return 0 if met else 1
+    parser.add_argument("measure", nargs="*", choices=[*MEASURES, []], help="(default: all)")
+    parser.add_argument("--quick", action="store_true", help="only what has a bar, in under 3 minutes")
+    parser.add_argument(
+        "--database", default="", help="PostgreSQL server to make databases on (default: a private one)"
+    )
+    parser.add_argument("--json", type=Path, default=DEFAULT_JSON, help="write the figures there (%(default)s)")
+    parser.add_argument("--write-docs", action="store_true", help="put figures and plots into docs/")
+    given = parser.parse_args()
+
+    names = given.measure or [name for name, measure in MEASURES.items() if measure.BARS or not given.quick]
+    budgets = _Budgets(names, given.quick)
+    runs = {}
+    for name in names:
+        if (budget := budgets.next(name)) is None:
+            say(f"{name}: not run: the others have taken its time")
+        else:
+            runs[name] = _run(name, Options(given.quick, budget, given.database), budgets.patience(budget))
+    documents.write(given.json, runs)
+    say(f"all figures are in {given.json}")
+    if given.write_docs:
+        page.write(runs)
+    bars = {name: MEASURES[name].BARS for name in MEASURES if not given.measure or name in given.measure}
+    return 0 if report.show_bars(bars, runs) else 1
 
 
-def _percentile(values: list[float], part: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * part))]
+class _Budgets:
+    """Seconds for each measure. In a quick run, one that took longer leaves the others less."""
+
+    def __init__(self, names: Sequence[str], quick: bool) -> None:
+        self._own = {name: MEASURES[name].BUDGET.quick if quick else MEASURES[name].BUDGET.full for name in names}
+        self._until = time.monotonic() + (_QUICK if quick else math.inf)
+
+    def next(self, name: str) -> float | None:
+        """None: there is not enough left."""
+        left = self._until - time.monotonic()
+        part = min(1.0, left / sum(self._own.values()))
+        own = self._own.pop(name)
+        return part * own if part >= _LEAST else None
+
+    def patience(self, budget: float) -> float:
+        """Seconds until a measure is overdue."""
+        return min(2 * budget + _OVERDUE, max(self._until - time.monotonic(), 0.0) + _LATE)
 
 
-def _shown(values: list[float]) -> str:
-    return f"p50 {_percentile(values, 0.5):.2f} ms"
+def _run(name: str, options: Options, patience: float) -> Run:
+    say(f"{name}: about {options.budget:.0f} s")
+    when, began, load = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), os.getloadavg()[0]
+    result, failure = _result(name, options, patience)
+    taken = time.monotonic() - began
+    if result is None:
+        say(f"{name} FAILED after {taken:.0f} s: {failure}")
+    else:
+        say(f"{name}: took {taken:.0f} s")
+        report.show(result)
+    return Run(name, when, options.quick, round(taken, 1), (load, os.getloadavg()[0]), result, failure)
 
 
-def _say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+def _result(name: str, options: Options, patience: float) -> tuple[Result | None, str]:
+    """What it found; or None, and why."""
+    with tempfile.TemporaryDirectory(prefix="restante-bench-") as directory:
+        file = Path(directory) / "result.json"
+        argv = [sys.executable, "-m", "bench.one", name, str(file), f"--budget={options.budget}"]
+        argv += ["--quick"] * options.quick
+        child = subprocess.Popen(argv, env={**os.environ, DATABASE: options.database})  # noqa: S603
+        try:
+            code = _ended(child, patience)
+        except subprocess.TimeoutExpired:
+            return None, f"it was overdue after {patience:.0f} s"
+        if code != 0:
+            return None, f"it exited {code}; what it said is above"
+        return documents.from_document(json.loads(file.read_text())), ""
+
+
+def _ended(child: "subprocess.Popen[bytes]", within: float) -> int:
+    """Its exit code. However this ends, the child has ended, and had the time to stop what it started."""
+    try:
+        return child.wait(within)
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGINT)
+            try:
+                child.wait(_CLEANING)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
 
 if __name__ == "__main__":

@@ -22,22 +22,26 @@ class Agent:
     """An enrolled agent that runs until `stop`."""
 
     def __init__(self, home: Path, stack: Stack, ticket: str) -> None:
-        home.mkdir(mode=0o700)
+        state = enroll(home, stack, ticket)
         handlers = home / "handlers.py"
         handlers.write_text(HANDLERS)
-        self._state = home / "state"
-        subprocess.run(  # noqa: S603 - our own agent
-            self._argv("enroll", "--api-url", stack.settings.api_url),
-            input=ticket.encode(), check=True, timeout=60, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
         with (home / "agent.log").open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 - our own agent
-                self._argv("run", "--handlers", str(handlers)), stdout=log, stderr=log
+                _argv("run", state, "--handlers", str(handlers)), stdout=log, stderr=log
             )
 
     def stop(self) -> None:
         self._process.terminate()
         self._process.wait(20)
 
-    def _argv(self, name: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "device_agent.cli", name, "--state-dir", str(self._state), *arguments]
+
+def enroll(home: Path, stack: Stack, ticket: str) -> Path:
+    """Make a device in an empty folder; its state directory."""
+    home.mkdir(mode=0o700)
+    argv = _argv("enroll", home / "state", "--api-url", stack.settings.api_url)
+    subprocess.run(argv, input=ticket.encode(), check=True, timeout=60, stdout=subprocess.DEVNULL)  # noqa: S603
+    return home / "state"
+
+
+def _argv(name: str, state: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "device_agent.cli", name, "--state-dir", str(state), *arguments]

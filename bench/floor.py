@@ -9,11 +9,11 @@ import ssl
 import subprocess
 import sys
 
-import httpx
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
 from api.operator.stack import Stack
+from bench.peers import accounts
 from topology import access, names
 
 ACCOUNT = "bench.floor"
@@ -25,10 +25,11 @@ class Floor:
 
     def __init__(self, stack: Stack) -> None:
         password = secrets.token_urlsafe(32)
-        self._make_account(stack, password)
+        assert stack.broker is not None
+        accounts.make(stack.settings.management_url, stack.broker.password(access.ADMIN), ACCOUNT, password)
         place = {
             "host": "localhost",
-            "port": stack.broker.amqps_port if stack.broker else 0,
+            "port": stack.broker.amqps_port,
             "authority": str(stack.files.authority),
             "password": password,
         }
@@ -65,16 +66,6 @@ class Floor:
 
     def _answered(self, *_: object) -> None:
         self._answers += 1
-
-    def _make_account(self, stack: Stack, password: str) -> None:
-        """A broker account for this run alone: the node goes when the run ends."""
-        assert stack.broker is not None
-        with httpx.Client(
-            base_url=stack.settings.management_url, auth=(access.ADMIN, stack.broker.password(access.ADMIN))
-        ) as http:
-            http.put(f"/api/users/{ACCOUNT}", json={"password": password, "tags": ""}).raise_for_status()
-            everything = {"configure": ".*", "write": ".*", "read": ".*"}
-            http.put(f"/api/permissions/{names.VHOST}/{ACCOUNT}", json=everything).raise_for_status()
 
 
 def _answer(channel: BlockingChannel, method: object, properties: pika.BasicProperties, body: bytes) -> None:

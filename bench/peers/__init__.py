@@ -1,0 +1,1 @@
+"""What people would pick instead, each as a well-behaved process of its own, tuned as its documentation says."""
