@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.harness.stack import AgentProcess, Document, RunningStack, eventually
+from tests.harness.fleet import has_told
+from tests.harness.stack import AgentProcess, RunningStack, eventually
+from tests.harness.truth import check_truth
 
 TTL = 20
 RESPONSE_TIMEOUT = 5
-# States in which no handler has run, unless the command is marked late.
-NEVER_RAN = {"expired", "undeliverable", "cancelled", "rejected"}
 
 
 class Flow:
@@ -58,7 +58,8 @@ class Flow:
             if answer.is_success:
                 self.accepted[answer.json()["id"]] = f"n{number}"
             else:
-                assert answer.status_code == 503, answer.text
+                # 429: the device has them, and only a worker can say so.
+                assert answer.status_code in (429, 503), answer.text
 
 
 def kill_broker(running: RunningStack, _: AgentProcess) -> None:
@@ -86,7 +87,7 @@ def kill_agent(_: RunningStack, agent: AgentProcess) -> None:
     agent.start()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(360)
 @pytest.mark.parametrize("kill", [kill_broker, kill_gateway, kill_worker, kill_agent])
 def test_everything_accepted_ends_in_a_true_state(
     own_stack: RunningStack, home: Path, kill: Callable[[RunningStack, AgentProcess], None]
@@ -100,24 +101,10 @@ def test_everything_accepted_ends_in_a_true_state(
             kill(own_stack, agent)
             flow.wait_for_more(20)
         own_stack.stack.wait_until_ready()
+        # An agent that waits for its next try to connect may yet correct what the fabric's clock has said.
+        eventually(lambda: has_told(agent.state), "the agent to have told all", within=60)
         settled = {id: own_stack.settled(id, within=TTL + RESPONSE_TIMEOUT + 30) for id in flow.accepted}
-        check_truth(settled, flow.accepted, agent)
+        ran = Counter(agent.record())
+        assert [text for text, times in ran.items() if times > 1] == [], "no command ran twice"
+        check_truth(settled.values(), {id: ran[text] for id, text in flow.accepted.items()})
         assert sum(command["state"] == "succeeded" for command in settled.values()) >= 20, "it went on afterwards"
-
-
-def check_truth(settled: dict[str, Document], accepted: dict[str, str], agent: AgentProcess) -> None:
-    """The ledger equals the handlers' own record, and no handler ran twice."""
-    ran = Counter(agent.record())
-    assert [text for text, times in ran.items() if times > 1] == [], "no command ran twice"
-    for id, text in accepted.items():
-        command = settled[id]
-        story = f"{text}: {command}"
-        if command["state"] == "succeeded":
-            assert ran[text] == 1, story
-        elif command["state"] in NEVER_RAN:
-            assert ran[text] == 0, story
-        else:
-            # In doubt, and said so: only a crash of the agent may leave that.
-            assert command["state"] == "unanswered", story
-        announced = [row["state"] for row in command["timeline"] if row["state"] in NEVER_RAN | {"succeeded", "failed"}]
-        assert len(set(announced)) <= 1, story

@@ -12,9 +12,10 @@ from api.operator import authority
 from api.operator.node import BrokerNode
 from api.operator.processes import enclosed
 from api.operator.secrets import private_directory, replace_private
-from api.operator.userland import Binaries, find_binaries
+from api.operator.userland import find_binaries
 from fabric.amqp.connection import Endpoint, Link
 from fabric.management import ManagementClient
+from tests.harness import leaks
 from topology import access
 from topology.access import WORKER
 
@@ -24,11 +25,9 @@ LOOPBACK = "127.0.0.1"
 class Broker:
     """A node, and what tests ask of it."""
 
-    def __init__(self, node: BrokerNode, state: Path, binaries: Binaries) -> None:
+    def __init__(self, node: BrokerNode, state: Path) -> None:
         self.node = node
         self.authority = state / "ca.pem"
-        self._state = state
-        self._binaries = binaries
 
     def endpoint(self, account: str = WORKER) -> Endpoint:
         return Endpoint(LOOPBACK, self.node.amqp_port, account, self.node.password(account))
@@ -53,17 +52,21 @@ class Broker:
         finally:
             await client.close()
 
-    def evaluate(self, expression: str) -> str:
-        """Run an Erlang expression in the node."""
-        command = ["/usr/lib/rabbitmq/bin/rabbitmqctl", "eval", expression]
-        if self._binaries.root is not None:
-            command = enclosed(self._binaries.root, [self._state / "broker"], command)
-        # The tools need the node's own environment, to find its cookie and its epmd.
-        environment = Path(f"/proc/{self.node.pid}/environ").read_bytes().decode().split("\0")
-        env = dict(entry.split("=", 1) for entry in environment if "=" in entry)
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+
+def evaluate(node: BrokerNode, expression: str) -> str:
+    """The value of an Erlang expression in the node, as Erlang writes it."""
+    command = [str(node._binaries.epmd.with_name("erl_call")), "-n", node.name, "-e"]
+    if node._binaries.root is not None:
+        command = enclosed(node._binaries.root, [node._home], command)
+    # It needs the node's own environment, to find its cookie and its epmd.
+    environment = Path(f"/proc/{node.pid}/environ").read_bytes().decode().split("\0")
+    env = dict(entry.split("=", 1) for entry in environment if "=" in entry)
+    done = subprocess.run(
+        command, env=env, input=f"{expression}\n", capture_output=True, text=True, timeout=30, check=False
+    )
+    said = done.stdout.strip()
+    assert said.startswith("{ok, "), said + done.stderr
+    return said.removeprefix("{ok, ").removesuffix("}")
 
 
 @contextmanager
@@ -79,18 +82,18 @@ def running_broker(directory: Path, configuration: str = "") -> Iterator[Broker]
         for part in ("broker", "broker/etc", "broker/etc/conf.d"):
             private_directory(state / part)
         replace_private(state / "broker" / "etc" / "conf.d" / "30-test.conf", configuration.encode())
-    binaries = find_binaries(log=print)
     node = BrokerNode(
         state,
         certificate=state / "server.pem",
         key=state / "server.key",
         authority=state / "ca.pem",
         auth_url=f"http://{LOOPBACK}:9/broker/auth",  # nobody there: every device is refused
-        binaries=binaries,
+        binaries=find_binaries(log=print),
         log=print,
     )
     with node:
-        yield Broker(node, state, binaries)
+        yield Broker(node, state)
+    leaks.check(leaks.logs_in(state), leaks.kept_in(state))
 
 
 async def eventually(condition: Callable[[], object], timeout: float = 30.0) -> None:

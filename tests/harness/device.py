@@ -1,7 +1,8 @@
 """A device as an attacker builds it: a valid identity of its own, and no manners.
 
 The key is made here, enrolled over HTTP with a correct proof, and signs whatever it is told to. `Device`
-connects with the raw 0-9-1 client, with pika, or in AMQP 1.0 (`One`); `forge` makes any compact JWS at all.
+connects with the raw 0-9-1 client, with pika, or in AMQP 1.0 (`One`, `all_at_once`), which the broker refuses unless
+a test switches it on; `forge` makes any compact JWS at all.
 """
 
 import base64
@@ -15,6 +16,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from enum import Enum
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,7 +43,17 @@ _ES256 = ECAlgorithm(ECAlgorithm.SHA256)
 _RS256 = RSAAlgorithm(RSAAlgorithm.SHA256)
 _sources = itertools.count(2)
 
-DROP = object()
+
+class _Drop(Enum):
+    """What stands for a member that is left out."""
+
+    DROP = "drop"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+DROP = _Drop.DROP
 """As a header's or claim's value: leave that member out."""
 
 
@@ -314,6 +326,69 @@ class One(BlockingConnection):  # type: ignore[misc]  # proton carries no types
     def __exit__(self, *_: object) -> None:
         with suppress(proton.ProtonException, Refused):
             self.close()
+
+
+def all_at_once(device: Device, address: str, message: bytes) -> RawClient:
+    """Connected over TLS, with all that an AMQP 1.0 sender says written in one piece, and no answer waited for: the
+    login, open, begin, attach, and the transfer of one encoded message."""
+    client = device.socket()
+    secret = b"\0" + device.id.encode() + b"\0" + device.token().encode()
+    source, target = _Raw(_described(0x28)), _Raw(_described(0x29, address))
+    client.socket.sendall(
+        b"AMQP\x03\x01\0\0"
+        + _frame(1, _described(0x41, proton.symbol("PLAIN"), secret))
+        + b"AMQP\0\x01\0\0"
+        + _frame(0, _described(0x10, "at-once", f"vhost:{names.VHOST}"))
+        + _frame(0, _described(0x11, None, 0, 100, 100))
+        + _frame(0, _described(0x12, "link", 0, False, None, None, source, target, None, None, 0))
+        + _frame(0, _described(0x14, 0, 0, b"tag", 0, True) + message)
+    )
+    return client
+
+
+def until_closed(open_socket: socket.socket) -> bytes:
+    """Everything that the other side says until it hangs up."""
+    said = b""
+    open_socket.settimeout(20)
+    try:
+        while more := open_socket.recv(4096):
+            said += more
+    except (ConnectionError, ssl.SSLError):
+        pass
+    return said
+
+
+class _Raw(bytes):
+    """A field that is encoded."""
+
+
+def _frame(kind: int, body: bytes) -> bytes:
+    """On channel 0; `kind` is 1 for SASL."""
+    return (8 + len(body)).to_bytes(4) + bytes([2, kind, 0, 0]) + body
+
+
+def _described(descriptor: int, *fields: str | bytes | int | None) -> bytes:
+    """A described list: a performative, or a part of one."""
+    listed = b"".join(map(_encoded, fields))
+    return bytes([0, 0x53, descriptor, 0xD0]) + (4 + len(listed)).to_bytes(4) + len(fields).to_bytes(4) + listed
+
+
+def _encoded(value: str | bytes | int | None) -> bytes:
+    match value:
+        case None:
+            return b"\x40"
+        case _Raw():
+            return value
+        case bool():
+            return b"\x41" if value else b"\x42"
+        case int():
+            return b"\x70" + value.to_bytes(4)
+        case bytes():
+            return b"\xb0" + len(value).to_bytes(4) + value
+        case proton.symbol():
+            return b"\xa3" + bytes([len(value)]) + value.encode()
+        case str():
+            return b"\xb1" + len(value.encode()).to_bytes(4) + value.encode()
 
 
 @contextmanager

@@ -108,9 +108,15 @@ class PostgresCluster:
     def new_database(self) -> str:
         """Create an empty database; its SQLAlchemy URL."""
         name = f"test_{secrets.token_hex(6)}"
-        with psycopg.connect(self._conninfo("postgres"), autocommit=True) as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-        return f"postgresql+psycopg://{_USER}:{self._password}@{_HOST}:{self.port}/{name}"
+        self._execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return self._url(name)
+
+    def copy(self, url: str) -> str:
+        """A copy of a database that nobody is connected to; its URL."""
+        name = f"test_{secrets.token_hex(6)}"
+        original = url.rpartition("/")[2]
+        self._execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(original)))
+        return self._url(name)
 
     def __enter__(self) -> Self:
         self.start()
@@ -180,6 +186,13 @@ class PostgresCluster:
 
     def _environment(self) -> dict[str, str]:
         return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": str(self._directory), "TZ": "UTC"}
+
+    def _execute(self, statement: sql.Composed) -> None:
+        with psycopg.connect(self._conninfo("postgres"), autocommit=True) as connection:
+            connection.execute(statement)
+
+    def _url(self, database: str) -> str:
+        return f"postgresql+psycopg://{_USER}:{self._password}@{_HOST}:{self.port}/{database}"
 
     def _conninfo(self, database: str) -> str:
         return (

@@ -8,15 +8,20 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from api.operator import rings
 from api.operator.stack import Stack
 from api.settings import Settings
+from device_agent import enroll
+from fabric.signing import SigningKey
+from tests.harness import leaks
 
 Document = dict[str, Any]
 
@@ -69,10 +74,16 @@ class RunningStack:
         self.context = ssl.create_default_context(cafile=stack.files.authority)
         self.token = stack.files.operator_token.read_text().strip()
         self.http = self.client(self.token)
+        self.logs: list[Path] = []  # of agents; the others' are in the stack's state directory
 
     def client(self, token: str | None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return httpx.Client(base_url=self.stack.settings.api_url, headers=headers, verify=self.context, timeout=70)
+
+    @staticmethod
+    def signing_key(files: rings.RingFiles) -> SigningKey:
+        """The key that signs now."""
+        return rings.open_keys(files, lambda: time.time_ns() // 1000).signing()
 
     def create_device(self, prefix: str = "device", **body: object) -> tuple[str, str]:
         """A fresh device: its id and its ticket."""
@@ -105,12 +116,27 @@ class RunningStack:
                 assert time.monotonic() < until, f"not settled within {within} s: {json.dumps(found)}"
             assert time.monotonic() < until, f"not settled within {within} s: {id}"
 
-    def agent(self, home: Path, prefix: str = "device") -> "AgentProcess":
+    def agent(self, home: Path, prefix: str = "device", **body: object) -> "AgentProcess":
         """A fresh device, enrolled and not yet running."""
-        id, ticket = self.create_device(prefix)
+        id, ticket = self.create_device(prefix, **body)
         agent = AgentProcess(self, home, id)
         agent.enroll(ticket)
         return agent
+
+    def clear(self) -> None:
+        """As the next module may expect it, whatever was killed: all parts run, and nobody waits for anything."""
+        assert self.stack.broker is not None
+        self.stack.broker.start()
+        for service in ("worker", "gateway"):
+            self.stack.start_service(service)
+        self.stack.wait_until_ready()
+        self.http = self.client(self.token)
+        while devices := self.ok(self.http.get("/v1/devices", params={"limit": "100"}))["items"]:
+            for device in devices:
+                self.ok(self.http.delete(f"/v1/devices/{device['id']}"))
+        for state in ("accepted", "queued", "delivered", "running"):
+            found = self.ok(self.http.get("/v1/commands", params={"state": state, "limit": "1"}))["items"]
+            assert not found, f"still {state}: {found}"
 
     @staticmethod
     def ok(answer: httpx.Response) -> Document:
@@ -129,13 +155,14 @@ class AgentProcess:
         self.handlers = home / "handlers.py"
         self.handlers.write_text(HANDLERS)
         self.log = home / "agent.log"
+        running.logs.append(self.log)
         self._record = home / "record"
         self.environment = {**os.environ, "RECORD": str(self._record)}
         self._process: subprocess.Popen[bytes] | None = None
 
     def enroll(self, ticket: str) -> None:
-        done = self.cli("enroll", "--api-url", self.running.stack.settings.api_url, stdin=ticket.encode())
-        assert done.returncode == 0, done.stderr.decode()
+        """As `restante-agent enroll` does, without an interpreter of its own: that costs as much as ten enrollments."""
+        enroll.enroll(self.state, self.running.stack.settings.api_url, ticket)
 
     def start(self, *arguments: str) -> "AgentProcess":
         with self.log.open("ab") as log:
@@ -155,6 +182,9 @@ class AgentProcess:
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def stop(self) -> int:
         """SIGTERM, as systemd would; the exit status."""
@@ -186,19 +216,39 @@ class AgentProcess:
         self.kill()
 
 
+# For tests of something else, whose devices do in seconds what they should do in an hour.
+NO_LIMITS = {
+    "limit_reports": 100_000,
+    "limit_inquiries": 100_000,
+    "limit_channels": 10_000,
+    "limit_refusals": 1_000_000,
+    "limit_connections": 1_000,
+    "limit_logins": 1_000_000,
+    "limit_traffic": 1_000_000_000,
+    "limit_takeovers": 1_000_000,
+}
+
+
 @contextmanager
-def start_stack(directory: Path, database_url: str) -> Iterator[RunningStack]:
-    stack = Stack(Settings(state_dir=directory / "stack", database_url=database_url, log_level="debug"), lambda _: None)
+def start_stack(directory: Path, database_url: str, limits: Mapping[str, int] = NO_LIMITS) -> Iterator[RunningStack]:
+    settings = Settings(state_dir=directory / "stack", database_url=database_url, log_level="debug")
+    stack = Stack(replace(settings, **limits), lambda _: None)
     stack.start()
+    running = RunningStack(stack)
     try:
-        yield RunningStack(stack)
+        yield running
     finally:
         stack.stop()
+        state = stack.files.state_dir
+        leaks.check([*leaks.logs_in(state), *running.logs], leaks.kept_in(state))
+
+
+PATIENCE = 2.0  # times what a machine that does nothing else would need at most: waiting ends with the condition
 
 
 def eventually(holds: Callable[[], bool], what: str, within: float = 20.0) -> None:
     """Wait for a condition; fail naming `what` when it does not come true."""
-    until = time.monotonic() + within
+    until = time.monotonic() + PATIENCE * within
     while not holds():
-        assert time.monotonic() < until, f"not within {within} s: {what}"
+        assert time.monotonic() < until, f"not within {PATIENCE * within} s: {what}"
         time.sleep(0.02)

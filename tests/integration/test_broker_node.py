@@ -21,7 +21,7 @@ import pika
 import psutil
 import pytest
 
-from api.operator import authority
+from api.operator import authority, broker_files
 from api.operator import node as node_module
 from api.operator.broker_files import Ports
 from api.operator.node import BrokerNode, NodeError
@@ -203,7 +203,7 @@ def test_a_service_account_is_no_administrator(node: BrokerNode) -> None:
 
 
 def test_plugins_are_exactly_ours(node: BrokerNode) -> None:
-    asked = (node_module.CONFIGURATION / "enabled_plugins").read_text().strip().strip("[].").split(",")
+    asked = (broker_files.CONFIGURATION / "enabled_plugins").read_text().strip().strip("[].").split(",")
     (described,) = as_admin(node, "nodes")
     assert sorted(described["enabled_plugins"]) == sorted(asked)
 
@@ -296,7 +296,7 @@ def test_secrets_are_in_private_files_only(node: BrokerNode) -> None:
     assert stat.S_IMODE(state_dir.stat().st_mode) == 0o700
     cookie = node._home / "home" / ".erlang.cookie"
     assert len(cookie.read_text()) >= 32
-    secret_files = [cookie, node._home / "tls" / "key.pem", node._home / "etc" / "definitions.json"]
+    secret_files = [cookie, node._home / "tls" / "server.pem", node._home / "etc" / "definitions.json"]
     secret_files += [state_dir / "secrets" / account.name for account in access.ACCOUNTS]
     assert {stat.S_IMODE(path.stat().st_mode) for path in secret_files} == {0o600}
 
@@ -389,11 +389,11 @@ def test_a_failed_start_says_why_and_leaves_nothing(
 ) -> None:
     configuration = tmp_path / "deploy"
     configuration.mkdir()
-    for source in node_module.CONFIGURATION.iterdir():
+    for source in broker_files.CONFIGURATION.iterdir():
         (configuration / source.name).write_bytes(source.read_bytes())
     with (configuration / "rabbitmq.conf").open("a") as file:
         file.write("no_such_option = 1\n")
-    monkeypatch.setattr(node_module, "CONFIGURATION", configuration)
+    monkeypatch.setattr(broker_files, "CONFIGURATION", configuration)
     node = make(tmp_path / "state")
     with pytest.raises(NodeError, match=r"(?s)ended while it started.*no_such_option"):
         node.start()

@@ -15,7 +15,11 @@ from tests.harness.stack import AgentProcess, RunningStack, eventually
 
 @pytest.fixture(scope="module")
 def agent(stack: RunningStack, tmp_path_factory: pytest.TempPathFactory) -> AgentProcess:
-    with stack.agent(tmp_path_factory.mktemp("agent") / "device") as running:
+    """Enrolled by the command line, as a device is; other tests' agents are enrolled by the function behind it."""
+    id, ticket = stack.create_device()
+    with AgentProcess(stack, tmp_path_factory.mktemp("agent") / "device", id) as running:
+        done = running.cli("enroll", "--api-url", stack.stack.settings.api_url, stdin=ticket.encode())
+        assert done.returncode == 0, done.stderr.decode()
         running.start()
         yield running  # type: ignore[misc]  # a generator fixture
 

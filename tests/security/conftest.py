@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.harness.broker import evaluate
 from tests.harness.device import Device, at_once
 from tests.harness.rawamqp import Got, RawClient
 from tests.harness.stack import RunningStack, eventually
@@ -92,6 +93,17 @@ def attacker(stack: RunningStack) -> Device:
 @pytest.fixture(scope="session")
 def victim(stack: RunningStack) -> Device:
     return Device.enrolled(stack, "victim")
+
+
+@pytest.fixture(scope="module")
+def amqp_1_0(stack: RunningStack) -> Iterator[None]:
+    """AMQP 1.0 switched on for the rest of a module: the broker's rights must hold in it, too, as a second line."""
+    broker = stack.stack.broker
+    assert broker is not None
+    set_sessions = "application:set_env(rabbit, session_max_per_connection, {})."
+    evaluate(broker, set_sessions.format(4))
+    yield
+    evaluate(broker, set_sessions.format(0))
 
 
 @pytest.fixture

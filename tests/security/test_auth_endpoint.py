@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness.device import Device
 from tests.harness.stack import RunningStack
-from topology import access, names
+from topology import access, layout, names
 
 QUESTIONS = ("user", "vhost", "resource", "topic")
 Fields = Mapping[str, str]
@@ -202,7 +202,7 @@ def test_there_are_two_resources(
     endpoint: Endpoint, attacker: Device, victim: Device, kind: str, permission: str
 ) -> None:
     """Of all names, kinds and permissions: read one's own mailbox and reply address, write `uplink`."""
-    everything = (
+    everything = {
         attacker.mailbox,
         victim.mailbox,
         f"{attacker.mailbox}\n",
@@ -210,22 +210,14 @@ def test_there_are_two_resources(
         attacker.mailbox.upper(),
         names.DIRECT_REPLY_TO,
         f"{names.DIRECT_REPLY_TO}.g1h2",
-        names.UPLINK,
-        names.MAIL,
-        names.NOTICES,
-        names.RETURNED,
-        names.WAKE,
-        names.REPORTS,
-        names.CLAIMS,
-        names.TELEMETRY,
-        names.EVENTS,
+        *(each.name for each in (*layout.EXCHANGES, *layout.QUEUES)),
+        names.BROKER_EVENTS,
         "",
         "amq.default",
         "amq.topic",
-        "amq.rabbitmq.event",
         "uplink\n",
         ".*",
-    )
+    }
     granted = {
         name
         for name in everything

@@ -1,22 +1,28 @@
 """No way in but PLAIN with the auth endpoint's answer, and no listener but the ones that are meant."""
 
+import asyncio
 import base64
 import json
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import proton
 import psutil
 import pytest
 
+from api.operator import doors
 from api.operator.processes import marked
-from tests.harness.device import Device, One, Refused
+from api.operator.sockets import free_port
+from tests.harness.device import Device, One, Refused, all_at_once, until_closed
 from tests.harness.rawamqp import ConnectionClosed, RawClient, table
-from tests.harness.stack import RunningStack
-from topology import access
+from tests.harness.stack import RunningStack, eventually
+from tests.security.conftest import Witness
+from topology import access, names
 
 LOOPBACK = "127.0.0.1"
 HEADER_0_9_1 = b"AMQP\x00\x00\x09\x01"
@@ -54,8 +60,6 @@ def test_the_right_token_opens(attacker: Device) -> None:
         client.sync()
     with attacker.pika() as connection:
         assert connection.is_open
-    with One(attacker) as one:
-        assert one.receiver(f"/queues/{attacker.mailbox}")
 
 
 def test_plain_is_the_only_mechanism(stack: RunningStack, attacker: Device) -> None:
@@ -93,7 +97,7 @@ def test_1_0_without_sasl_gets_nothing(attacker: Device) -> None:
     open_frame = (8 + len(described_open)).to_bytes(4, "big") + b"\x02\x00\x00\x00" + described_open
     with attacker.socket() as client:
         client.socket.sendall(HEADER_1_0 + open_frame)
-        answer = _until_closed(client.socket)
+        answer = until_closed(client.socket)
     assert not answer.startswith(HEADER_1_0), "the broker went on without SASL"
     assert b"\x00\x53\x10" not in answer, "the broker opened a connection"
 
@@ -196,6 +200,56 @@ def test_there_is_one_vhost(attacker: Device) -> None:
     assert set(refusals(attacker, attempts).values()) == {530}
 
 
+def test_no_connection_is_opened_in_1_0(stack: RunningStack, attacker: Device, witness: Witness) -> None:
+    """Neither by a library, nor by whoever says everything at once; nor for an account of the fabric's."""
+    broker = stack.stack.broker
+    assert broker is not None
+    key = f"telemetry.{attacker.id}.ch"
+
+    def library() -> None:
+        with pytest.raises(Refused):
+            One(attacker)
+
+    def at_once() -> None:
+        with all_at_once(attacker, f"/exchanges/{names.UPLINK}/{key}", proton.Message(body=b"x").encode()) as client:
+            assert until_closed(client.socket).endswith(HEADER_1_0), "logged in, and nothing opened"
+
+    def fabric() -> None:
+        password = broker.password(access.WORKER)
+        asyncio.run(doors.check_amqp_1_0(LOOPBACK, broker.amqp_port, access.WORKER, password))
+
+    def stranger() -> None:
+        with pytest.raises(ValueError, match="does not let"):
+            asyncio.run(doors.check_amqp_1_0(LOOPBACK, broker.amqp_port, access.WORKER, "guessed"))
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(each) for each in (library, at_once, fabric, stranger)]:
+            done.result()
+    assert [got.key for got in witness.passed() if got.exchange == names.UPLINK.encode()] == []
+
+
+@pytest.mark.usefixtures("amqp_1_0")
+def test_switched_on_the_same_gets_through(attacker: Device, witness: Witness) -> None:
+    """The control of the test above."""
+    key = f"telemetry.{attacker.id}.ch"
+    with all_at_once(attacker, f"/exchanges/{names.UPLINK}/{key}", proton.Message(body=b"x").encode()):
+        eventually(lambda: key.encode() in [got.key for got in witness.passed()], "what was said at once")
+    with One(attacker) as one:
+        assert one.receiver(f"/queues/{attacker.mailbox}")
+
+
+@pytest.mark.usefixtures("amqp_1_0")
+def test_a_worker_does_not_work_with_a_broker_that_speaks_1_0(stack: RunningStack) -> None:
+    ports = {"RESTANTE_WORKER_PORT": str(free_port(LOOPBACK, besides=set()))}
+    done = subprocess.run(
+        [sys.executable, "-m", "api.operator.cli", "worker"],
+        env=stack.stack._environment() | ports, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done
+    assert "the broker is not used, since it opens AMQP 1.0 connections" in done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("amqp_1_0")
 def test_there_is_one_vhost_in_1_0(attacker: Device) -> None:
     def opens(hostname: str) -> bool:
         try:
@@ -241,7 +295,7 @@ def test_present_tls_is_spoken(attacker: Device, version: ssl.TLSVersion) -> Non
 def test_plain_tcp_at_the_tls_port_gets_no_word_of_amqp(attacker: Device, header: bytes) -> None:
     with socket.create_connection((attacker.host, attacker.port), 10) as client:
         client.sendall(header)
-        answer = _until_closed(client)
+        answer = until_closed(client)
     assert answer == b"" or answer[0] == 0x15, "a TLS alert is all it may say"
 
 
@@ -300,7 +354,7 @@ def test_the_broker_speaks_no_other_protocol(stack: RunningStack) -> None:
     for greeting in (mqtt, stomp, stream):
         with RawClient("localhost", broker.amqps_port, tls=context) as client:
             client.socket.sendall(greeting)
-            answer = _until_closed(client.socket)
+            answer = until_closed(client.socket)
         assert answer in (b"", SASL_1_0, HEADER_0_9_1), answer
 
 
@@ -318,7 +372,7 @@ def test_all_but_the_devices_listener_are_on_loopback(stack: RunningStack) -> No
     settings = stack.stack.settings
     gateway = _listening({stack.stack.service_pid("gateway")})
     assert gateway == {(settings.api_host, settings.api_port), (LOOPBACK, settings.auth_port)}
-    assert _listening({stack.stack.service_pid("worker")}) == set()
+    assert _listening({stack.stack.service_pid("worker")}) == {(LOOPBACK, settings.worker_port)}
 
 
 def _listening(pids: set[int]) -> set[tuple[str, int]]:
@@ -340,18 +394,6 @@ def _management(stack: RunningStack, username: str | None, password: str) -> htt
     else:
         headers = {"Authorization": "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()}
     return httpx.Client(base_url=f"http://{LOOPBACK}:{broker.management_port}", headers=headers, timeout=10)
-
-
-def _until_closed(open_socket: socket.socket) -> bytes:
-    """Everything that the other side says until it hangs up."""
-    said = b""
-    open_socket.settimeout(20)
-    try:
-        while more := open_socket.recv(4096):
-            said += more
-    except (ConnectionError, ssl.SSLError):
-        pass
-    return said
 
 
 def test_the_cookie_is_long_and_private(stack: RunningStack) -> None:

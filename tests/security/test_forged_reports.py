@@ -80,6 +80,7 @@ def test_nobody_reports_on_anothers_command(
     assert stack.command(waiting) == before
 
 
+@pytest.mark.usefixtures("amqp_1_0")
 def test_nobody_reports_on_anothers_command_in_1_0(
     stack: RunningStack, attacker: Device, victim: Device, waiting: str
 ) -> None:

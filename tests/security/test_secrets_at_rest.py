@@ -85,14 +85,18 @@ def secrets(stack: RunningStack) -> Secrets:
         found |= token_parts(what, token)
     files = stack.stack.files
     for what, path in (
-        ("tokens' key", files.token_key),
-        ("commands' key", files.command_key),
         ("authority's key", files.authority_key),
-        ("server's key", files.key),
+        ("API's key", files.certificate),
+        ("broker's key", files.broker_certificate),
     ):
-        loaded = serialization.load_pem_private_key(path.read_bytes(), None)
+        # A server's key is behind its certificate.
+        content = path.read_bytes()
+        loaded = serialization.load_pem_private_key(content[content.index(b"-----BEGIN PRIVATE KEY") :], None)
         assert isinstance(loaded, ec.EllipticCurvePrivateKey)
         found |= private(what, loaded)
+    found |= private("tokens' key", stack.signing_key(files.token_keys).private)
+    found |= private("commands' key", stack.signing_key(files.command_keys).private)
+    found["secret of cursors"] = files.cursor_secret.read_bytes()
     broker = stack.stack.broker
     assert broker is not None
     found |= {f"{account.name}'s password": broker.password(account.name).encode() for account in access.ACCOUNTS}
@@ -138,7 +142,7 @@ def test_no_log_holds_a_secret(stack: RunningStack, secrets: Secrets) -> None:
 def test_the_broker_stores_no_password(stack: RunningStack, secrets: Secrets) -> None:
     """Its database and definitions hold hashes; the tokens of devices pass through it, and leave nothing."""
     home = stack.stack.files.state_dir / "broker"
-    kept = {"server's key in PEM"}  # its own certificate's, which it serves
+    kept = {"broker's key in PEM"}  # its own certificate's, which it serves
     for path in (path for path in home.rglob("*") if path.is_file() and not path.is_symlink()):
         found = set(found_in(secrets, path.read_bytes()))
         assert found <= (kept if path.suffix == ".pem" else set()), path
@@ -146,7 +150,8 @@ def test_the_broker_stores_no_password(stack: RunningStack, secrets: Secrets) ->
 
 def test_files_with_secrets_are_their_owners(stack: RunningStack, secrets: Secrets) -> None:
     """Nothing in the state directory is open to others, and each secret lies where it is meant to."""
-    state = stack.stack.files.state_dir
+    files = stack.stack.files
+    state = files.state_dir
     assert state.stat().st_mode & 0o777 == 0o700
     holders: dict[str, set[str]] = {}
     for path in (path for path in state.rglob("*") if path.is_file() and not path.is_symlink()):
@@ -155,10 +160,14 @@ def test_files_with_secrets_are_their_owners(stack: RunningStack, secrets: Secre
             assert path.stat().st_mode & 0o077 == 0, path
     expected = {
         "authority/ca.key",
-        "certificates/server.key",
+        "certificates/api.pem",
+        "certificates/broker.pem",
         "operator.token",
-        "secrets/tokens.pem",
-        "secrets/commands.pem",
+        "secrets/cursors",
+        *(
+            str(keys.pem(stack.signing_key(keys).kid).relative_to(state))
+            for keys in (files.token_keys, files.command_keys)
+        ),
         *(f"secrets/{account.name}" for account in access.ACCOUNTS),
     }
     assert {holder for holder in holders if not holder.startswith("broker/")} == expected

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from api.operator.setup import load_signing_key
 from fabric import ids
 from fabric.signing import sign_command, signing_key
 from tests.harness.device import new_key
@@ -30,7 +28,7 @@ class Forger:
 
     def __init__(self, stack: RunningStack, witness: Witness) -> None:
         self.witness = witness
-        self._key = load_signing_key(stack.stack.files.command_key)
+        self._key = stack.signing_key(stack.stack.files.command_keys)
 
     def command(self, text: str, **changed: object) -> wire.Command:
         """A fresh command to `note` a text, unsigned."""
@@ -199,8 +197,7 @@ def test_headers_left_out(agent: AgentProcess, forger: Forger, without: tuple[st
 
 
 def test_the_tokens_key_signs_no_commands(stack: RunningStack, agent: AgentProcess, forger: Forger) -> None:
-    key = serialization.load_pem_private_key(stack.stack.files.token_key.read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    key = stack.signing_key(stack.stack.files.token_keys).private
     before = agent.record()
     for own_kid in (True, False):
         command = _by(lambda _: key, own_kid=own_kid)(forger, agent.id)

@@ -90,7 +90,7 @@ def test_the_table_covers_every_state_and_input() -> None:
 
 
 @given(histories, st.booleans())
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_a_settled_command_moves_only_along_the_late_entries(history: list[tuple[Event, int]], claim: bool) -> None:
     for before, _, step, _ in run(fresh(claim=claim), history):
         after = step.command
@@ -101,7 +101,7 @@ def test_a_settled_command_moves_only_along_the_late_entries(history: list[tuple
 
 
 @given(histories, st.booleans())
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_each_settlement_is_announced_once(history: list[tuple[Event, int]], claim: bool) -> None:
     announced = []
     for before, _, step, _ in run(fresh(claim=claim), history):
@@ -115,7 +115,7 @@ def test_each_settlement_is_announced_once(history: list[tuple[Event, int]], cla
 
 
 @given(histories, st.booleans())
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_bookkeeping_follows_the_state(history: list[tuple[Event, int]], claim: bool) -> None:
     for before, event, step, now in run(fresh(claim=claim), history):
         after = step.command
@@ -138,7 +138,7 @@ def test_bookkeeping_follows_the_state(history: list[tuple[Event, int]], claim: 
 
 
 @given(histories)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_the_same_evidence_again_changes_no_state(history: list[tuple[Event, int]]) -> None:
     for _, event, step, now in run(fresh(), history):
         if step.verdict is Verdict.REDECLARE or isinstance(event, life.Claimed | life.DeadLettered):
@@ -150,7 +150,7 @@ def test_the_same_evidence_again_changes_no_state(history: list[tuple[Event, int
 
 
 @given(histories, agents, agents)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_only_one_agent_is_ever_granted(history: list[tuple[Event, int]], one: str, other: str) -> None:
     granted = set()
     for _, event, step, now in run(fresh(claim=True), history):

@@ -17,7 +17,8 @@ class Broker:
         self.connected = True
         self.now = 1000.0
         monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: self.now)
-        self.gate = Gate(self._depth, lambda: self.connected)
+        self.shed = 0
+        self.gate = Gate(self._depth, lambda: self.shed, lambda: self.connected)
 
     async def _depth(self) -> int | None:
         if not self.connected:
@@ -59,6 +60,20 @@ async def test_it_closes_when_the_queue_lags_and_opens_when_it_is_read(make: Cal
     broker.depth = 0
     await broker.gate.look()
     assert broker.gate.is_open()
+
+
+async def test_a_lag_that_is_a_throttled_devices_holds_nothing_back(make: Callable[[], Broker]) -> None:
+    broker = make()
+    broker.gate.started(0)
+    broker.depth = 5_000
+    for handled, shed, is_open in ((100, 60, True), (100, 90, True), (100, 50, False)):
+        await broker.gate.look()
+        broker.now += BEHIND_AFTER + 0.1
+        broker.shed += shed
+        for _ in range(handled):
+            broker.gate.handled()
+        await broker.gate.look()
+        assert broker.gate.is_open() is is_open
 
 
 async def test_a_lost_connection_closes_it_until_the_consumer_has_started_again(make: Callable[[], Broker]) -> None:

@@ -137,7 +137,7 @@ def judge(content: bytes) -> None:
         assert decoded.body_size == int.from_bytes(content[4:12], "big")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200))
 @example(b"")
 @example(b"\x00<")
@@ -145,13 +145,13 @@ def test_random_bytes_never_raise(content: bytes) -> None:
     judge(content)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 0xFFFF), st.binary(max_size=200))
 def test_random_properties_are_refused_or_decodable(flags: int, properties: bytes) -> None:
     judge(payload(flags, properties))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(headers())
 @example(with_headers(short(b"nan") + b"f\x7f\xc0\x00\x00"))
 @example(with_headers(short(b"infinite") + b"d\x7f\xf0\x00\x00\x00\x00\x00\x00"))
@@ -163,7 +163,7 @@ def test_headers_are_refused_or_decodable(content: bytes) -> None:
     judge(content)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(damaged())
 def test_damaged_headers_are_refused_or_decodable(content: bytes) -> None:
     judge(content)
@@ -239,7 +239,7 @@ def test_accepts_what_dead_lettering_adds() -> None:
 # ---- pamqp's guard -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.one_of(headers(), damaged(), st.binary(min_size=12, max_size=200)))
 def test_guarded_pamqp_never_raises_and_keeps_the_body_size(content: bytes) -> None:
     amqp_guard.install()
@@ -256,7 +256,7 @@ def test_guarded_pamqp_never_raises_and_keeps_the_body_size(content: bytes) -> N
         assert decoded.properties.message_id is None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(texts, texts, st.booleans())
 def test_guarded_pamqp_decodes_any_routing_key(exchange: bytes, key: bytes, redelivered: bool) -> None:
     amqp_guard.install()

@@ -2,7 +2,12 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
+import pytest
+
+from fabric.errors import Unauthenticated
 from fabric.ports import Delivery
 from fabric.presenting import Document
 from fabric.waiting import Waiters
@@ -23,6 +28,28 @@ class Ledger:
     async def read(self, _: CommandId) -> Document | None:
         self.reads += 1
         return self.document
+
+
+class Right:
+    """Holds for so many checks."""
+
+    def __init__(self, good_for: int) -> None:
+        self.good_for, self.checks, self.left = good_for, 0, False
+        self.entered = asyncio.Event()
+
+    async def check(self) -> None:
+        self.checks += 1
+        if self.checks > self.good_for:
+            raise Unauthenticated("the token was revoked")
+
+    @asynccontextmanager
+    async def watched(self, lost: Callable[[], None]) -> AsyncIterator[None]:
+        self.lost = lost
+        self.entered.set()
+        try:
+            yield
+        finally:
+            self.left = True
 
 
 def delivery(body: bytes, acks: list[bytes]) -> Delivery:
@@ -73,3 +100,24 @@ async def test_every_wake_up_is_acked_whatever_is_in_it() -> None:
     for body in bodies:
         await waiters.on_delivery(delivery(body, acks))
     assert acks == bodies, "a wake-up that is not acked would use up the prefetch"
+
+
+async def test_a_wait_ends_when_the_right_to_wait_is_lost() -> None:
+    ledger, right = Ledger(RUNNING), Right(good_for=1)
+    with Waiters(ledger.read).register(ID) as waiter, pytest.raises(Unauthenticated):
+        await waiter.settled(10, right)
+    assert (right.checks, ledger.reads) == (2, 1), "a look came before the question"
+
+
+async def test_a_wait_ends_at_once_when_the_right_to_wait_is_taken_away() -> None:
+    right = Right(good_for=0)
+    with Waiters(Ledger(RUNNING).read).register(ID) as waiter:
+        waiting = asyncio.create_task(waiter.settled(60, right))
+        await right.entered.wait()
+        right.lost()
+        for _ in range(10):  # turns of the loop, in which no second passes
+            await asyncio.sleep(0)
+        assert waiting.done()
+        with pytest.raises(Unauthenticated):
+            await waiting
+    assert right.left

@@ -10,7 +10,7 @@ import pytest
 from fabric.amqp.consumer import Consumer, wake_consumer
 from fabric.amqp.publisher import AmqpPublisher
 from fabric.ports import Delivery
-from tests.harness.broker import Broker, eventually
+from tests.harness.broker import Broker, evaluate, eventually
 from topology import access, layout, names
 from topology.wire import Message
 
@@ -242,10 +242,10 @@ async def test_a_wake_queue_is_the_gateways_own_and_comes_back(publisher: AmqpPu
             await asyncio.wait_for(consumer.consuming.wait(), 10)
         await publisher.send(names.WAKE, "", Message("wake", {}, b"2", persistent=False))
         await eventually(lambda: first == second == [b"1", b"2"])
-        await eventually(lambda: broker.evaluate(COUNT_WAKE).strip() == "2")
+        await eventually(lambda: evaluate(broker.node, COUNT_WAKE) == "2")
         for consumer in consumers:
             await consumer.stop()
-    await eventually(lambda: broker.evaluate(COUNT_WAKE).strip() == "0")
+    await eventually(lambda: evaluate(broker.node, COUNT_WAKE) == "0")
 
 
 COUNT_WAKE = """

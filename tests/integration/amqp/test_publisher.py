@@ -13,9 +13,9 @@ import pytest
 
 from fabric.amqp.connection import Endpoint, Link
 from fabric.amqp.declarer import TopologyMismatch
-from fabric.amqp.publisher import AmqpPublisher
+from fabric.amqp.publisher import AmqpPublisher, Fate
 from fabric.errors import BrokerUnavailable, NoMailbox, PublishFailed
-from tests.harness.broker import LOOPBACK, Broker
+from tests.harness.broker import LOOPBACK, Broker, evaluate, eventually
 from tests.harness.rawamqp import Got, RawClient, long, properties, short
 from topology import access, layout, names
 from topology.wire import Message
@@ -104,13 +104,16 @@ async def test_a_late_return_is_not_taken_for_the_answer_to_a_retry(
     with pytest.raises(NoMailbox):
         await publisher.publish(names.MAIL, "nobody", COMMAND, mandatory=True)
     assert await publisher.depth(names.mailbox(device)) == 2
+    fates = {fate: sum(histogram.counts) for fate, histogram in publisher.fates.items()}
+    assert fates == {Fate.CONFIRMED: 2, Fate.TIMED_OUT: 1, Fate.RETURNED: 1, Fate.NACKED: 0, Fate.LOST: 0}
 
 
 async def test_a_full_mailbox_refuses_and_dead_letters(publisher: AmqpPublisher, broker: Broker) -> None:
     device = names.device("full")
-    small = {**layout.MAILBOX_POLICY.definition, "max-length": 2}
+    (usual,) = layout.policies(layout.LARGEST_BACKLOG)
+    small = {**usual.definition, "max-length": 2}
     async with broker.admin() as admin:
-        await admin.put_policy(dataclasses.replace(layout.MAILBOX_POLICY, definition=small))
+        await admin.put_policy(dataclasses.replace(usual, definition=small))
         try:
             await publisher.declare(layout.mailbox(device), [layout.mailbox_binding(device)])
             for index in range(2):
@@ -118,8 +121,9 @@ async def test_a_full_mailbox_refuses_and_dead_letters(publisher: AmqpPublisher,
                 await publisher.publish(names.MAIL, device, message, mandatory=True)
             with pytest.raises(PublishFailed, match="nack"):
                 await publisher.publish(names.MAIL, device, COMMAND, mandatory=True)
+            assert sum(publisher.fates[Fate.NACKED].counts) == 1
         finally:
-            await admin.put_policy(layout.MAILBOX_POLICY)
+            await admin.put_policy(usual)
     dead: Got | None = None
     with raw(broker) as client:
         until = time.monotonic() + 10
@@ -184,14 +188,15 @@ async def test_an_alarm_delays_and_loses_nothing(
 ) -> None:
     await publisher.publish(names.MAIL, device, COMMAND)
     alarm = "{{resource_limit, memory, node()}, []}"
-    broker.evaluate(f"rabbit_alarm:set_alarm({alarm}).")
+    # Once it is in the list, all connections have been told.
+    evaluate(broker.node, f"rabbit_alarm:set_alarm({alarm}), rabbit_alarm:get_alarms().")
     try:
         # The broker tells a publisher that it is blocked when it first publishes.
         for _ in range(2):
             with pytest.raises(PublishFailed):
                 await publisher.publish(names.MAIL, device, COMMAND, timeout=0.5)
     finally:
-        broker.evaluate("rabbit_alarm:clear_alarm({resource_limit, memory, node()}).")
+        evaluate(broker.node, "rabbit_alarm:clear_alarm({resource_limit, memory, node()}).")
     await publisher.publish(names.MAIL, device, dataclasses.replace(COMMAND, message_id="after"))
     # The first of the two was on the wire when the connection was blocked; the second never left.
     assert await publisher.depth(names.mailbox(device)) == 3
@@ -217,6 +222,34 @@ async def test_thousands_at_once_are_all_confirmed(publisher: AmqpPublisher) -> 
     sent = [dataclasses.replace(COMMAND, message_id=str(index)) for index in range(3_000)]
     await asyncio.gather(*(publisher.publish(names.UPLINK, "receipt.x", message) for message in sent))
     assert await publisher.depth(names.REPORTS) == 3_000
+
+
+async def test_what_is_published_in_order_goes_over_one_connection(
+    publisher: AmqpPublisher, broker: Broker, device: names.DeviceId
+) -> None:
+    sent = [dataclasses.replace(COMMAND, message_id=str(index)) for index in range(100)]
+    async with broker.link("in order") as link, broker.admin() as admin:
+        ordered = AmqpPublisher(link)
+        async with ordered.in_order(names.MAIL, device) as publish:
+            await publish(sent)
+            await admin.close_connections(access.WORKER)
+            await eventually(lambda: not link.connected.is_set())
+            await link.ready()
+            # The connection is back, and another one.
+            with pytest.raises(PublishFailed):
+                await publish([COMMAND])
+        with pytest.raises(PublishFailed, match="no queue"):
+            async with ordered.in_order(names.MAIL, "nobody") as publish:
+                await publish([COMMAND])
+        async with ordered.in_order(names.MAIL, device) as publish:
+            await publish([COMMAND])
+        await ordered.close()
+    assert await publisher.depth(names.mailbox(device)) == len(sent) + 1
+    with raw(broker) as client:
+        for message in sent:
+            got = client.get(names.mailbox(device), no_ack=True)
+            assert got is not None
+            assert short(str(message.message_id)) in got.header
 
 
 async def test_what_the_broker_refuses_closes_a_channel_and_no_more(

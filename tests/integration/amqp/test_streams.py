@@ -12,7 +12,7 @@ from fabric.amqp.publisher import AmqpPublisher
 from fabric.amqp.streams import PREFETCH, AmqpStreamReader
 from fabric.errors import BrokerUnavailable
 from fabric.ports import Delivery
-from tests.harness.broker import Broker, eventually
+from tests.harness.broker import Broker, evaluate, eventually
 from topology import access, layout, names
 from topology.layout import Binding, Queue
 from topology.wire import Message
@@ -117,7 +117,7 @@ async def test_a_cancelled_reader_is_gone(publisher: AmqpPublisher, broker: Brok
                     pass
 
         def channels() -> int:
-            return int(broker.evaluate("length(rabbit_channel:list())."))
+            return int(evaluate(broker.node, "length(rabbit_channel:list())."))
 
         before = channels()
         task = asyncio.create_task(read())

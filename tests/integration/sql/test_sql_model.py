@@ -14,7 +14,8 @@ from fabric.model import Accept, Accepted, Change, Changed
 from fabric.sql.engine import Database
 from fabric.sql.ledger import SqlLedger
 from fabric.sql.registry import SqlRegistry
-from tests.integration.sql.values import PUMP, SECOND, add_device, draft
+from fabric.sql.revocations import SqlRevocations
+from tests.integration.sql.values import PUMP, ROOMY, SECOND, add_device, draft
 
 START = 1_000_000_000
 TTL = 20 * SECOND
@@ -70,7 +71,7 @@ def bench(url: str) -> Iterator[Bench]:
         database = Database(url)
 
         async def start() -> SqlLedger:
-            await add_device(SqlRegistry(database, lambda: clock[0]))
+            await add_device(SqlRegistry(database, lambda: clock[0], SqlRevocations(database, None)))
             ledger = SqlLedger(database, lambda: clock[0], jitter=lambda: 0.5)
             ledger.start()
             return ledger
@@ -90,7 +91,7 @@ def test_any_events_in_any_batches_end_as_the_pure_fold(
     given_commands = [draft(accepted_at=START, deadline=START + TTL, claim=number == 1) for number in range(COMMANDS)]
 
     async def run() -> None:
-        results = await bench.ledger.write(*map(Accept, given_commands))
+        results = await bench.ledger.write(*(Accept(command, ROOMY) for command in given_commands))
         numbers = [result.command.seq for result in results if isinstance(result, Accepted)]
         folded = []
         for command, seq in zip(given_commands, numbers, strict=True):

@@ -1,15 +1,17 @@
 """A prepared statement does what SQLAlchemy does with the same one."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from fabric.errors import Invalid
 from fabric.sql import schema
-from fabric.sql.engine import create_engine
-from fabric.sql.prepared import Prepared, among, say
+from fabric.sql.engine import Database, create_engine
+from fabric.sql.prepared import Among, Prepared, say
 
 EVENT: dict[str, Any] = {
     "kind": "command.evidence", "device": "pump-17", "command": "c1", "version": 1, "at": 17, "state": None,
@@ -23,7 +25,17 @@ _events, _quarantine = schema.events, schema.quarantine
 
 @pytest.fixture
 def connection(url: str) -> Iterator[sa.Connection]:
-    engine = create_engine(url, connections=1)
+    yield from _connected(url, pipelined=False)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "pipelined"])
+def either(url: str, request: pytest.FixtureRequest) -> Iterator[sa.Connection]:
+    """Also one that the ledger writes over."""
+    yield from _connected(url, pipelined=request.param)
+
+
+def _connected(url: str, *, pipelined: bool) -> Iterator[sa.Connection]:
+    engine = create_engine(url, connections=1, pipelined=pipelined)
     with engine.connect() as opened:
         yield opened
     engine.dispose()
@@ -41,22 +53,22 @@ def test_values_are_converted_like_sqlalchemy_does(connection: sa.Connection) ->
     assert Prepared(sa.select(_quarantine.c.body)).first(connection, {}) == (b"\x00\xff",)
 
 
-def test_the_parameters_say_which_columns_an_update_sets(connection: sa.Connection) -> None:
-    Prepared(sa.insert(_events).inline()).run(connection, [EVENT])
+def test_the_parameters_say_which_columns_an_update_sets(either: sa.Connection) -> None:
+    Prepared(sa.insert(_events).inline()).run(either, [EVENT])
     update = Prepared(sa.update(_events).where(_events.c.command == sa.bindparam("of")))
-    assert update.run(connection, [{"of": "c1", "detail": "x"}]) == 1
-    assert update.run(connection, [{"of": "c1", "state": "queued"}]) == 1
-    assert update.run(connection, [{"of": "c1", "at": 18}, {"of": "none", "at": 19}]) == 1
+    assert update.run(either, [{"of": "c1", "detail": "x"}]) == 1
+    assert update.run(either, [{"of": "c1", "state": "queued"}]) == 1
+    assert update.run(either, [{"of": "c1", "at": 18}, {"of": "none", "at": 19}]) == 1
     columns = sa.select(_events.c.detail, _events.c.state, _events.c.at)
-    assert Prepared(columns.where(_events.c.kind == EVENT["kind"])).all(connection, {}) == [("x", "queued", 18)]
+    assert Prepared(columns.where(_events.c.kind == EVENT["kind"])).all(either, {}) == [("x", "queued", 18)]
 
 
 @pytest.mark.parametrize("many", [1, 2, 3, 100])
-def test_among_finds_each_once(connection: sa.Connection, many: int) -> None:
+def test_among_finds_each_once(either: sa.Connection, many: int) -> None:
     ids = [f"c{n}" for n in range(many)]
-    Prepared(sa.insert(_events).inline()).run(connection, [{**EVENT, "command": id} for id in [*ids, "another"]])
-    find = among(sa.select(_events.c.command).order_by(_events.c.id), _events.c.command)
-    assert find(connection, ids) == [(id,) for id in ids]
+    Prepared(sa.insert(_events).inline()).run(either, [{**EVENT, "command": id} for id in [*ids, "another"]])
+    find = Among(sa.select(_events.c.command).order_by(_events.c.id), _events.c.command)
+    assert find(either, ids) == [(id,) for id in ids]
 
 
 def test_errors_are_sqlalchemys(connection: sa.Connection) -> None:
@@ -70,6 +82,56 @@ def test_errors_are_sqlalchemys(connection: sa.Connection) -> None:
     connection.connection.rollback()
     with pytest.raises(TypeError, match="of"):
         Prepared(sa.select(_events.c.id).where(_events.c.id == sa.bindparam("of"))).all(connection, {})
+
+
+def test_halves_are_answered_in_their_order(either: sa.Connection) -> None:
+    insert = Prepared(sa.insert(_events).inline())
+    count = Prepared(sa.select(sa.func.count()).select_from(_events))
+    find = Among(sa.select(_events.c.command).order_by(_events.c.id), _events.c.command)
+    before = count.ask(either, {})
+    many = insert.put(either, [{**EVENT, "command": f"c{number}"} for number in range(3)])
+    one = insert.put(either, [{**EVENT, "command": "c3"}])
+    found = find.ask(either, ["c1", "c3", "none"])
+    after = count.ask(either, {})
+    assert (found(), after(), before()) == ([("c1",), ("c3",)], [(4,)], [(0,)])
+    assert (many(), one()) == (3, 1)
+    none = Prepared(sa.update(_events).where(_events.c.command == sa.bindparam("of")))
+    assert none.put(either, [{"of": "c9", "detail": "x"}])() == 0
+    assert count.all(either, {}) == [(4,)]
+
+
+def test_what_is_put_fails_by_the_commit_at_the_latest(url: str) -> None:
+    database = Database(url)
+    insert = Prepared(sa.insert(schema.meta))
+    find = Prepared(sa.select(schema.meta.c.value).where(schema.meta.c.name == sa.bindparam("of")))
+
+    def write(name: str, times: int) -> None:
+        rows = [{"name": name, "value": "1"}] * times
+        database.transact(lambda connection: insert.put(connection, rows), pipelined=True)
+
+    with pytest.raises(Invalid):
+        write("twice", 2)
+    write("once", 1)
+
+    def abandon(connection: sa.Connection) -> None:
+        insert.put(connection, [{"name": "once", "value": "2"}])
+        raise RuntimeError("before anybody looked")
+
+    # SQLite answers at once.
+    with pytest.raises((RuntimeError, Invalid)):
+        database.transact(abandon, pipelined=True)
+    write("another", 1)
+    read = partial(database.transact, pipelined=True)
+    assert read(lambda connection: find.all(connection, {"of": "twice"})) == []
+    assert read(lambda connection: find.all(connection, {"of": "once"})) == [("1",)]
+    assert read(lambda connection: find.all(connection, {"of": "another"})) == [("1",)]
+    database._close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    connection.begin()
+    if connection.dialect.name == "sqlite":
+        say(connection, "BEGIN")
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)

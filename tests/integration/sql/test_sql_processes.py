@@ -169,7 +169,8 @@ async def test_a_commit_whose_answer_was_lost_is_looked_up(url: str, committed: 
             gone = psycopg.OperationalError("server closed the connection unexpectedly")
             raise sa.exc.OperationalError("COMMIT", {}, gone)
 
-    sa.event.listen(store.ledger._database.engine, "commit", cut)
+    for engine in (store.ledger._database._batching, store.ledger._database.engine):
+        sa.event.listen(engine, "commit", cut)
     first = await accept(store.ledger)
     lose = True
     (result,) = await change(store.ledger, first.id, SUCCEEDED)
@@ -181,10 +182,10 @@ async def test_a_commit_whose_answer_was_lost_is_looked_up(url: str, committed: 
     # The registry doesn't know whether it is done, and says so.
     lose = True
     with pytest.raises(LedgerUnavailable):
-        await store.registry.connection(PUMP, True, 17)
+        await store.registry.seen(PUMP, 17, "1.0")
     device = await store.registry.device(PUMP)
     assert device is not None
-    assert device.connected is committed
+    assert (device.agent_version == "1.0") is committed
     await store.close()
 
 

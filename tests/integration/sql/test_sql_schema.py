@@ -31,6 +31,8 @@ def definitions(url: str) -> set[str]:
         "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
         " UNION ALL SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint"
         " WHERE connamespace = 'public'::regnamespace AND conrelid::regclass::text <> 'alembic_version'"
+        " UNION ALL SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal"
+        " UNION ALL SELECT prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
         " UNION ALL SELECT concat_ws(' ', table_name, column_name, data_type, is_nullable, collation_name,"
         " column_default) FROM information_schema.columns"
         " WHERE table_schema = 'public' AND table_name <> 'alembic_version'",

@@ -17,6 +17,7 @@ from topology.names import CommandId, DeviceId
 SECOND: Micros = 1_000_000
 PUMP = DeviceId("pump-17")
 AGENT = "agent-0001"
+ROOMY = 1_000_000  # a backlog that is no matter
 SUCCEEDED = Answered(AGENT, State.SUCCEEDED, None, "application/json", b"{}")
 
 
@@ -61,7 +62,7 @@ async def add_device(registry: Registry, id: DeviceId = PUMP) -> Device:
 
 
 async def accept(ledger: Ledger, command: Command | None = None) -> Command:
-    (result,) = await ledger.write(Accept(command or draft()))
+    (result,) = await ledger.write(Accept(command or draft(), ROOMY))
     assert isinstance(result, Accepted)
     return result.command
 
@@ -90,7 +91,8 @@ async def timeline(ledger: Ledger, id: CommandId) -> list[Entry]:
 async def all_events(ledger: Ledger) -> list[tuple[str, str]]:
     """Kind and device of every event there is, in order; sequences them."""
     while await ledger.sequence("test", 1, 1000):
-        await ledger.sequenced("test", await ledger.last_position())
+        pass
+    await ledger.sequenced("test", 1, await ledger.last_position())
     return [(row.kind, row.device) for row in await ledger.events(0, 100_000)]
 
 

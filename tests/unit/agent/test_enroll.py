@@ -16,7 +16,7 @@ from tls_server import Answer, Gateway, Recorded, closed_port, credentials, prob
 
 from api.operator import authority
 from api.operator.authority import Credential
-from device_agent import cli, enroll, errors, identity
+from device_agent import cli, errors, https, identity
 from device_agent.enroll import enroll as run
 from fabric import signing
 from topology import enrollment
@@ -100,7 +100,7 @@ def test_everything_kept_is_private_and_the_key_stays(start: Start, state: Path)
     gateway = start(server, answers(issuer, peering(issuer)))
     run(state, url(gateway), ticket(issuer))
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
-    assert kept(state) == {"device.key", "peering.json", "authority.pem"}
+    assert kept(state) == {"device.key", "peering.json"}
     for name in kept(state):
         assert stat.S_IMODE((state / name).stat().st_mode) == 0o600
     secret = (state / "device.key").read_bytes()
@@ -123,7 +123,7 @@ def test_an_authority_that_is_not_the_tickets_gets_nothing(start: Start, state: 
     gateway = start(server, answers(issuer, peering(issuer)))
     with pytest.raises(errors.WrongAuthority, match="not the one the ticket names"):
         run(state, url(gateway), ticket(other))
-    assert [request.method for request in gateway.requests] == ["GET"]
+    assert {(request.method, request.body) for request in gateway.requests} == {("GET", b"")}
     assert "device.key" not in kept(state)
 
 
@@ -154,7 +154,7 @@ def test_a_bad_certificate_is_named_and_gets_nothing(
     gateway = start(server, answers(issuer, peering(issuer)))
     with pytest.raises(error):
         run(state, url(gateway, used), ticket(issuer))
-    assert [request.method for request in gateway.requests] == ["GET"]
+    assert {(request.method, request.body) for request in gateway.requests} == {("GET", b"")}
     assert "peering.json" not in kept(state)
 
 
@@ -245,7 +245,7 @@ def test_an_authority_that_is_no_certificate_is_refused(start: Start, state: Pat
 
 
 def test_a_slow_answer_ends(start: Start, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(enroll, "DEADLINE", 0.3)
+    monkeypatch.setattr(https, "DEADLINE", 0.3)
     issuer, server = credentials()
 
     def hang(_: Recorded) -> tuple[int, bytes]:

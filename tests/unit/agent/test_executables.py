@@ -132,6 +132,12 @@ def test_the_environment_is_minimal(directory: Path, monkeypatch: pytest.MonkeyP
     assert found["RESTANTE_DEVICE"] == "garage-7"
 
 
+def test_the_trace_goes_on_in_the_environment(directory: Path) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    script(directory, 'printf "%s" "$TRACEPARENT"')
+    assert run(directory, traceparent=trace).body == trace.encode()
+
+
 def test_arguments_never_reach_the_command_line(directory: Path) -> None:
     script(directory, 'printf "%s" "$#"')
     assert run(directory).body == b"0"

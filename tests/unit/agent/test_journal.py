@@ -1,6 +1,7 @@
 """The journal: nothing that was picked up is forgotten, and damage is never papered over."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -55,6 +56,20 @@ def test_the_agent_id_is_made_once(tmp_path: Path) -> None:
     assert (tmp_path / "journal.db").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_copy_has_an_agent_id_of_its_own_and_the_same_entries(tmp_path: Path) -> None:
+    made = open_journal(tmp_path)
+    made.start(command(), NOW, keep_request=False)
+    made.close()
+    (tmp_path / "copy").mkdir()
+    shutil.copy2(tmp_path / "journal.db", tmp_path / "copy")
+    copy = open_journal(tmp_path / "copy")
+    assert copy.agent != made.agent
+    assert state(copy) is State.STARTED
+    copy.close()
+    again, original = open_journal(tmp_path / "copy"), open_journal(tmp_path)
+    assert (again.agent, original.agent) == (copy.agent, made.agent)
+
+
 def test_the_way_of_a_command(tmp_path: Path) -> None:
     kept = open_journal(tmp_path)
     assert state(kept) is None
@@ -67,7 +82,7 @@ def test_the_way_of_a_command(tmp_path: Path) -> None:
     assert kept.unreported(10) == []
     kept.flush()
     assert state(kept) == State.REPORTED
-    assert kept.outcome(command().id) == replace(outcome(), agent=kept.agent)
+    assert kept.word(command().id) == replace(outcome(), agent=kept.agent)
 
 
 def test_a_command_is_never_started_twice(tmp_path: Path) -> None:
@@ -115,15 +130,23 @@ def test_interrupted_commands_come_back_with_their_request_only_if_it_was_kept(t
     assert (second.request, second.reruns) == (None, 0)
 
 
-def test_another_incarnation_makes_every_retained_outcome_unreported(tmp_path: Path) -> None:
+def test_another_incarnation_makes_all_that_was_told_unreported(tmp_path: Path) -> None:
     kept = open_journal(tmp_path)
     assert kept.incarnation() is None
     for number in range(1, 4):
         kept.start(command(number), NOW, keep_request=False)
-        kept.finish(outcome(number))
+        if number == 3:
+            kept.doubt([command(number).id])
+        else:
+            kept.finish(outcome(number))
         kept.reported(command(number).id)
+    kept.flush()
+    assert [state(kept, number) for number in range(1, 4)] == [State.REPORTED, State.REPORTED, State.TOLD]
+    assert not kept.unreported(10)
     kept.meet("second")
-    assert [one.command for one in kept.unreported(10)] == [command(number).id for number in range(1, 4)]
+    *ended, in_doubt = kept.unreported(10)
+    assert in_doubt == wire.Receipt(command(3).id, kept.agent, "running", NOW)
+    assert ended == [replace(outcome(number), agent=kept.agent) for number in (2, 1)]
     assert kept.incarnation() == "second"
 
 
@@ -142,7 +165,9 @@ def test_only_what_is_reported_and_past_its_time_makes_room(tmp_path: Path, monk
     assert [state(kept, number) for number in range(1, 5)] == [State.STARTED, State.DONE, None, State.REPORTED]
 
 
-def test_refused_and_doubtful_entries_make_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_entries_make_room_too_and_doubtful_ones_once_they_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(journal, "MAX_ENTRIES", 1)
     for number in (1, 2):
         kept = open_journal(tmp_path)
@@ -151,6 +176,8 @@ def test_refused_and_doubtful_entries_make_room_too(tmp_path: Path, monkeypatch:
         else:
             kept.start(command(number), NOW, keep_request=False)
             kept.doubt([command(number).id])
+            assert not kept.room(NOW + 10**9), "the fabric has not been told"
+            kept.reported(command(number).id)
         assert not kept.room(NOW)
         assert kept.room(NOW + 10**9)
         kept.close()

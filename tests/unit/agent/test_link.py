@@ -13,8 +13,10 @@ from pika import exceptions, spec
 from tls_server import Gateway, closed_port, credentials
 
 from api.operator.authority import Credential
-from device_agent import errors, identity, link
+from device_agent import errors, identity, link, pins
+from device_agent.clock import FabricClock
 from device_agent.link import Link, Mail, from_properties, to_properties
+from device_agent.timekeeping import Times
 from fabric import signing
 from topology import names, wire
 
@@ -55,13 +57,14 @@ def _identity(tmp_path: Path, issuer: Credential, host: str, port: int) -> ident
         "audience": {"mq": "fabric/mq/one", "api": "fabric/api"},
         "signing_keys": signing.jwks(signing.signing_key(issuer.key)),
     }
-    identity.store_peering(state, json.loads(json.dumps(answer)), issuer.certificate_pem.decode())
+    identity.store_peering(state, json.loads(json.dumps(answer)), pins.one(issuer.certificate_pem.decode()))
     return identity.load(state)
 
 
 def _refusal(tmp_path: Path, issuer: Credential, host: str, port: int) -> errors.AgentError:
     """What the link says after its first failed connection."""
-    tried = Link(_identity(tmp_path, issuer, host, port), lambda: 1_800_000_000_000, _Deaf())
+    who = _identity(tmp_path, issuer, host, port)
+    tried = Link(who, lambda: who, lambda _: None, Times(FabricClock(), 0), _Deaf())
     tried.start()
     waited = threading.Event()
     for _ in range(500):
@@ -129,6 +132,8 @@ class _Channel:
     def add_on_cancel_callback(self, callback: Any) -> None:
         self.cancelled_by_broker = callback
 
+    def add_on_return_callback(self, callback: Any) -> None: ...
+
     def confirm_delivery(self, callback: Any) -> None: ...
     def basic_qos(self, prefetch_count: int) -> None: ...
 
@@ -140,7 +145,7 @@ class _Channel:
     def basic_ack(self, tag: int) -> None:
         self.acked.append(tag)
 
-    def basic_publish(self, *_: object) -> None:
+    def basic_publish(self, *_: object, mandatory: bool) -> None:
         assert self.is_open, "pika raises"
         self.published += 1
 
@@ -203,7 +208,8 @@ def test_mail_that_waited_too_long_for_the_broker_comes_again_on_a_new_connectio
     later: list[tuple[float, Any]] = []
     ear = _Ear()
     issuer, _ = credentials()
-    tried = Link(_identity(tmp_path, issuer, "localhost", 1), lambda: 1_800_000_000_000, ear)
+    who = _identity(tmp_path, issuer, "localhost", 1)
+    tried = Link(who, lambda: who, lambda _: None, Times(FabricClock(), 0), ear)
     monkeypatch.setattr(tried._loop, "call_later", lambda delay, call, *_: later.append((delay, call)))
 
     def comes_up() -> _Connection:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from device_agent import errors, handlers, journal
+from device_agent import errors, handlers, journal, mailbox, pickup, trust
 from device_agent.clock import FabricClock
 from device_agent.handlers import Done, PythonHandlers
 from device_agent.identity import Identity, Peering, make_key
 from device_agent.journal import Journal, State, open_journal
 from device_agent.link import Mail
 from device_agent.mailbox import Mailbox
+from device_agent.pins import Pins
 from device_agent.reports import Reporter
 from fabric import signing
 from topology import names, wire
@@ -95,11 +96,11 @@ class World:
         python = PythonHandlers()
         python.register("door.close", lambda: "closed", idempotent=False)
         python.register("door.state", lambda: "closed", idempotent=True)
-        peering = Peering(DEVICE, 1, "h", 1, "devices", "u", "m", "a", {SIGNER.kid: SIGNER.private.public_key()})
+        peering = Peering(DEVICE, 1, "h", 1, "devices", "u", "m", "a", trust.parse(signing.jwks(SIGNER)))
         link: Any = self.link
         self.reporter = Reporter(link, self.kept, DEVICE)
         self.reporter.link_up()
-        self.identity = Identity(make_key(directory), peering, "")
+        self.identity = Identity(make_key(directory), peering, Pins(()))
         self.mailbox = Mailbox(
             identity=self.identity,
             renew=lambda: self.identity,
@@ -107,11 +108,15 @@ class World:
             journal=self.kept,
             clock=clock,
             reporter=self.reporter,
+            ask=self.ask,
             runner=link,
             sources=[python],
             slots=1,
         )
         self._tag = 0
+
+    def ask(self) -> None:
+        self.link.events.append(("ask", None))
 
     def take(self, sent: wire.Command, *, redelivered: bool = False, signed: bool = True, **changed: Any) -> None:
         self._tag += 1
@@ -364,6 +369,34 @@ def test_what_runs_says_so_again_after_a_reconnect(world: World) -> None:
     assert [event for event, _ in world.link.events].count("receipt") == 2
 
 
+def test_an_interrupted_command_is_said_to_have_started_until_that_is_confirmed(tmp_path: Path) -> None:
+    before = World(tmp_path)
+    before.mailbox.welcomed()
+    before.take(command())
+    before.kept.close()  # and never an outcome: it was killed
+    world = World(tmp_path)
+    world.mailbox.welcomed()
+    assert world.link.events == [("receipt", State.DOUBT), ("open", 3)]
+    world.take(command(attempt=2))
+    assert world.link.events[2:] == [("ack", 1)], "one is on its way"
+    world.link.published[-1][2](False)  # type: ignore[misc]  # it has one, as an outcome has
+    world.link.fire()
+    assert world.link.events[3:] == [("receipt", State.DOUBT)]
+    world.kept.close()
+
+    third = World(tmp_path)  # killed before the confirm
+    assert third.link.events == [("receipt", State.DOUBT)]
+    third.link.published[-1][2](True)  # type: ignore[misc]
+    third.kept.flush()
+    third.reporter.link_up()
+    assert len(third.link.events) == 1
+    third.kept.meet("a fabric that has lost its reports")
+    third.reporter.again()
+    assert third.link.events[1:] == [("receipt", State.DOUBT)]
+    assert not third.link.outcomes()
+    third.kept.close()
+
+
 def test_an_outcome_is_sent_until_it_is_confirmed(world: World) -> None:
     world.take(command())
     assert world.link.ended is not None
@@ -394,5 +427,139 @@ def test_more_outcomes_than_the_window_all_go_out(world: World, monkeypatch: pyt
         assert len(world.link.published) - confirmed <= 3
         world.link.published[confirmed][2](True)  # type: ignore[misc]
         confirmed += 1
-    assert [one.command for one in world.link.outcomes()] == [command(number).id for number in range(1, 11)]
+    assert [one.command for one in world.link.outcomes()] == [command(number).id for number in range(10, 0, -1)]
     assert world.reporter.idle
+
+
+def test_a_great_many_outcomes_go_out_at_a_pace_and_hold_up_no_new_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("device_agent.reports.BURST", 5)
+    monkeypatch.setattr("device_agent.reports.PACE", 2)
+    world.reporter = Reporter(world.link, world.kept, DEVICE)  # type: ignore[arg-type]  # it plays the link
+    for number in range(1, 11):
+        world.kept.start(command(number), NOW, keep_request=False)
+        world.kept.finish(wire.Outcome(command(number).id, "a" * 16, "succeeded", None, b"1", wire.JSON, NOW + number))
+
+    def confirm() -> int:
+        for _, message, done in world.link.published[confirm_from:]:
+            assert message.correlation_id is not None
+            done(True)  # type: ignore[misc]  # an outcome always has one
+        return len(world.link.published)
+
+    confirm_from = 0
+    world.reporter.again()
+    confirm_from = confirm()
+    assert confirm_from == 5
+    new = wire.Outcome(command(11).id, "a" * 16, "succeeded", None, b"1", wire.JSON, NOW)
+    world.kept.start(command(11), NOW, keep_request=False)
+    world.kept.finish(new)
+    world.reporter.kept(new)
+    confirm_from = confirm()
+    assert world.link.outcomes()[-1] == new
+    for sent in (8, 10, 11):
+        world.link.fire()
+        confirm_from = confirm()
+        assert confirm_from == sent
+    assert {one.command for one in world.link.outcomes()} == {command(number).id for number in range(1, 12)}
+    assert world.reporter.idle
+
+
+def test_what_ends_while_a_great_many_outcomes_go_out_is_the_next_of_them(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("device_agent.reports.WINDOW", 2)
+    monkeypatch.setattr("device_agent.reports.BURST", 3)
+    monkeypatch.setattr("device_agent.reports.PACE", 1)
+    world.reporter = Reporter(world.link, world.kept, DEVICE)  # type: ignore[arg-type]  # it plays the link
+    for number in range(1, 11):
+        world.kept.start(command(number), NOW, keep_request=False)
+        world.kept.finish(wire.Outcome(command(number).id, "a" * 16, "succeeded", None, b"1", wire.JSON, NOW + number))
+    world.reporter.again()
+    new = wire.Outcome(command(11).id, "a" * 16, "succeeded", None, b"1", wire.JSON, NOW + 11)
+    world.kept.start(command(11), NOW, keep_request=False)
+    world.kept.finish(new)
+    world.reporter.kept(new)  # in the midst of the burst: nothing passes what waits
+    assert [one.command for one in world.link.outcomes()] == [command(10).id, command(9).id]
+    world.link.published[0][2](True)  # type: ignore[misc]  # an outcome always has one
+    assert world.link.outcomes()[2] == replace(new, agent=world.kept.agent)
+
+
+NEXT = signing.signing_key(ec.generate_private_key(ec.SECP256R1()))
+
+
+def by_next(world: World, number: int = 1, key: signing.SigningKey = NEXT) -> None:
+    """Mail that is signed by another key than the one that is known."""
+    sent = command(number)
+    signed = replace(sent, sig=signing.sign_command(key, sent, DEVICE), sig_kid=key.kid)
+    world.mailbox.take(Mail(number, 1, False, wire.encode_command(signed, NOW)))
+
+
+def told(world: World, *keys: signing.SigningKey) -> None:
+    peering = replace(world.identity.peering, signing_keys=trust.parse(signing.jwks(*keys)))
+    world.mailbox.trust(replace(world.identity, peering=peering))
+
+
+def test_mail_by_an_unknown_key_waits_for_news_and_runs_if_it_is_the_next_one(world: World) -> None:
+    by_next(world, 1)
+    by_next(world, 2)
+    assert world.link.events == []
+    world.link.fire()
+    assert world.link.events == [("ask", None)]
+    told(world, SIGNER, NEXT)
+    world.mailbox.welcomed()
+    assert world.link.events.count(("start", None)) == 1  # there is one slot
+    assert world.link.ended is not None
+    world.link.ended(handlers.succeeded("closed"))
+    assert world.link.events.count(("start", None)) == 2
+    by_next(world, 3)  # known by now
+    assert world.link.timers == []
+
+
+def test_mail_by_a_stranger_is_refused_after_asking_once_a_minute(world: World) -> None:
+    by_next(world, 1)
+    world.link.fire()
+    world.mailbox.welcomed()
+    assert [said.reason for said in world.link.outcomes()] == ["unsigned"]
+    by_next(world, 2)
+    assert [said.reason for said in world.link.outcomes()] == ["unsigned", "unsigned"]
+    assert world.link.events.count(("ask", None)) == 1
+    another = signing.signing_key(ec.generate_private_key(ec.SECP256R1()))
+    by_next(world, 3, another)
+    assert [delay for delay, *_ in world.link.timers] == [mailbox.ASK_EVERY]  # whoever makes up key ids gets no more
+
+
+def test_nothing_is_said_for_a_copy_of_what_waits_for_news(world: World) -> None:
+    by_next(world)
+    world.take(command(), signed=False)
+    assert world.link.outcomes() == []
+    told(world, SIGNER, NEXT)
+    world.mailbox.welcomed()
+    assert ("start", None) in world.link.events
+
+
+def test_mail_that_waits_for_news_goes_with_the_connection(world: World) -> None:
+    by_next(world)
+    world.mailbox.link_down()
+    world.link.fire()
+    world.mailbox.welcomed()
+    assert world.link.outcomes() == []
+    assert ("ask", None) not in world.link.events
+
+
+def test_a_key_that_has_ended_signs_nothing(world: World) -> None:
+    ended = signing.jwks(SIGNER)
+    (key,) = ended["keys"]
+    known = trust.parse({"keys": [{**key, "exp": NOW // 1000}]})
+    world.mailbox.trust(replace(world.identity, peering=replace(world.identity.peering, signing_keys=known)))
+    world.take(command())
+    assert [said.reason for said in world.link.outcomes()] == ["unsigned"]
+
+
+def test_strangers_are_remembered_for_a_minute_and_not_without_end() -> None:
+    strangers = pickup.Strangers()
+    for number in range(pickup.MAX_STRANGERS + 1):
+        strangers.add(str(number), 0.0)
+    assert not strangers.has("0", 0.0)
+    assert strangers.has("1", pickup.STRANGE_FOR - 1)
+    assert not strangers.has("1", pickup.STRANGE_FOR)

@@ -77,9 +77,8 @@ def test_what_no_handler_takes_is_answered_without_a_claim() -> None:
 
 
 @pytest.mark.parametrize("state", list(State))
-def test_journaled_mail_is_only_acked_and_its_outcome_said_again_if_there_is_one(state: State) -> None:
-    expected = pickup.Duplicate(resend=state in (State.DONE, State.REPORTED))
-    assert decide(entry=Entry(ID, state), redelivered=True, now=NOW + 10**9) == expected
+def test_journaled_mail_is_a_duplicate_whatever_became_of_it(state: State) -> None:
+    assert decide(entry=Entry(ID, state), redelivered=True, now=NOW + 10**9) == pickup.Duplicate()
 
 
 def test_refusals() -> None:

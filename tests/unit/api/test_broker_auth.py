@@ -42,6 +42,19 @@ class Login:
         return object()
 
 
+class Watch:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def count(self, device: str, meter: str) -> None:
+        self.told.append((device, meter))
+
+    def use_channel(self, device: str, channel: str) -> None:
+        self.told.append((device, f"channel {channel}"))
+
+
 def ask(
     question: str,
     form: dict[str, str] | bytes,
@@ -49,6 +62,7 @@ def ask(
     method: str = "POST",
     chunks: int = 1,
     prefix: str = "/broker/auth/",
+    watch: "Watch | None" = None,
 ) -> tuple[int, bytes]:
     body = form if isinstance(form, bytes) else urlencode(form).encode()
     size = -(-len(body) // chunks) or 1
@@ -62,7 +76,7 @@ def ask(
         sent.append(message)
 
     scope = {"type": "http", "method": method, "path": prefix + question, "headers": []}
-    asyncio.run(BrokerAuth(login or Login(), names.VHOST)(scope, receive, send))
+    asyncio.run(BrokerAuth(login or Login(), watch or Watch(), names.VHOST)(scope, receive, send))
     start, end = sent
     assert dict(start["headers"])[b"content-type"] == b"text/plain"
     return start["status"], end["body"]
@@ -195,3 +209,22 @@ def test_the_answer_is_allow_or_deny(question: str, form: bytes, chunks: int) ->
 def test_a_form_is_parsed_or_denied(body: bytes) -> None:
     with suppress(broker_auth.Denied):
         broker_auth.parse(body)
+
+
+def test_what_a_logged_in_device_asks_for_is_told() -> None:
+    watch = Watch()
+    assert ask("topic", WRITE_TOPIC, watch=watch) == ALLOW
+    assert ask("topic", WRITE_TOPIC | {"routing_key": "receipt.pump-17"}, watch=watch) == ALLOW
+    assert ask("vhost", BASE, watch=watch) == ALLOW
+    assert watch.told == [("pump-17", "channel temperature")]
+    refused = BASE | {"resource": "queue", "name": "mailbox.door-1", "permission": "read"}
+    assert ask("resource", refused, watch=watch) == DENY
+    assert ask("vhost", BASE | {"vhost": "other"}, watch=watch) == DENY
+    assert watch.told[1:] == [("pump-17", "refusals")] * 2
+
+
+def test_a_refused_login_counts_against_nobody() -> None:
+    watch = Watch()
+    assert ask("user", USER | {"password": "guessed"}, watch=watch) == DENY
+    assert ask("resource", {"username": "fabric.worker"}, watch=watch) == DENY
+    assert watch.told == []

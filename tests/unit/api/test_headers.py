@@ -63,6 +63,31 @@ def test_if_match(given_header: list[str], tags: set[str] | None) -> None:
     assert headers.entity_tags(given_header) == tags
 
 
+IDS = "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(
+    ("given_header", "kept"),
+    [
+        ([f"00-{IDS}-01"], f"00-{IDS}-01"),
+        ([f"01-{IDS}-00"], f"00-{IDS}-00"),
+        ([f"cc-{IDS}-00-what.the-future-holds"], f"00-{IDS}-00"),
+        ([], None),
+        ([f"00-{IDS}-01", f"00-{IDS}-01"], None),
+        ([f"00-{IDS}-01-more"], None),
+        ([f"cc-{IDS}-00.more"], None),
+        ([f"ff-{IDS}-01"], None),
+        ([f"00-{IDS}-1"], None),
+        ([f"00-{IDS.upper()}-01"], None),
+        ([f"00-{'0' * 32}-00f067aa0ba902b7-01"], None),
+        ([f"00-4bf92f3577b34da6a3ce929d0e0e4736-{'0' * 16}-01"], None),
+        ([f"01-{'0' * 32}-00f067aa0ba902b7-01"], None),
+    ],
+)
+def test_traceparent(given_header: list[str], kept: str | None) -> None:
+    assert headers.traceparent(given_header) == kept
+
+
 @given(st.lists(st.text(st.characters(max_codepoint=255), max_size=80), max_size=3))
 def test_nothing_breaks_them(garbage: list[str]) -> None:
     wait = headers.wait(garbage)

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api import logs
+from fabric import context
+from topology.names import CommandId
 
 TOKEN = jwt.encode({"sub": "x"}, "k" * 32)
 
@@ -62,3 +64,33 @@ def test_configured_once_it_carries_the_request() -> None:
     finally:
         root.handlers[:], root.level = handlers, level
         logging.captureWarnings(capture=False)
+
+
+def test_as_json_each_field_stands_for_itself() -> None:
+    arguments = ("deadlines", "no\nanswer", 3, 2.5, None)
+    (line,) = lines("%s.failed error=%s after=%d ms=%.1f kind=%s", *arguments, as_json=True)
+    found = json.loads(line)
+    assert {name: found[name] for name in ("event", "error", "after", "ms", "kind")} == {
+        "event": "deadlines.failed", "error": "no\\nanswer", "after": 3, "ms": 2.5, "kind": "None",
+    }  # fmt: skip
+    assert found["level"] == "warning"
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments"),
+    [("x.y", ()), ("x.y a=%s and so on", ("b",)), ("x.y a=b", ()), ("100 %% a=%s", ("b",)), ("%(a)s", ({"a": 1},))],
+)
+def test_what_is_no_list_of_fields_is_all_event(template: str, arguments: tuple[object, ...]) -> None:
+    (line,) = lines(template, *arguments, as_json=True)
+    assert json.loads(line)["event"]
+
+
+def test_a_line_is_about_a_command_and_says_so_once() -> None:
+    token = context.command.set(CommandId("command-1"))
+    try:
+        assert lines("x.y n=%d", 5)[0].endswith("x.y n=5 command=command-1")
+        assert lines("x.y command=%s", "command-2")[0].endswith("x.y command=command-2")
+        assert json.loads(lines("x.y n=%d", 5, as_json=True)[0])["command"] == "command-1"
+        assert json.loads(lines("x.y command=%s", "command-2", as_json=True)[0])["command"] == "command-2"
+    finally:
+        context.command.reset(token)

@@ -49,6 +49,7 @@ def test_it_is_the_contracts_document() -> None:
         ("response_timeout", 30),
         ("claim", False),
         ("supersedes", None),
+        ("traceparent", None),
         ("timeline", [{"state": "accepted", "at": "2026-01-01T00:00:00.000000Z", "evidence": "ledger"}]),
         (
             "outcome",

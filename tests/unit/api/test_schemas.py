@@ -40,7 +40,7 @@ NAME = {"name": "door.close"}
         (schemas.DevicePatch, {"groups": None}, "#/groups"),
         (schemas.NewToken, {"subject": "a", "scopes": []}, "#/scopes"),
         (schemas.NewToken, {"subject": "a\n", "scopes": ["devices:read"]}, "#/subject"),
-        (schemas.NewToken, {"subject": "a", "scopes": ["devices:read@group:a"]}, "#/scopes/0"),
+        (schemas.NewToken, {"subject": "a", "scopes": ["devices:read@group:a/x"]}, "#/scopes/0"),
         (schemas.NewToken, {"subject": "a", "scopes": ["devices:read"], "life": 60.5}, "#/life"),
         (schemas.NewReading, {"value": 1, "at": 5}, "#/at"),
         (schemas.NewReading, {"value": 1, "at": None}, "#/at"),
