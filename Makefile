@@ -4,12 +4,15 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 SERVER := .venv/.server
 DEV := .venv/.dev
+FUZZ := .venv/.fuzz
+BENCH := .venv/.bench
+AUDIT := .venv/audit/.done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check format bench
+.PHONY: help demo up test compose-test check audit sbom fuzz format docs bench
 
 help:  ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(SERVER): requirements/server.lock pyproject.toml deploy/bootstrap.sh
 	@deploy/bootstrap.sh server
@@ -19,6 +22,19 @@ $(DEV): requirements/dev.lock pyproject.toml deploy/bootstrap.sh
 	@deploy/bootstrap.sh dev
 	@touch $@ $(SERVER)
 
+$(FUZZ): $(DEV) requirements/fuzz.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/fuzz.lock
+	@touch $@
+
+$(BENCH): $(SERVER) requirements/bench.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bench.lock
+	@touch $@
+
+$(AUDIT): $(SERVER) requirements/audit.lock
+	@$(PY) -m venv .venv/audit
+	@.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/audit.lock
+	@touch $@
+
 demo: $(SERVER)  ## set everything up, run the main job, say what happened, clean up
 	@$(PY) -m examples.demo
 
@@ -26,7 +42,11 @@ up: $(SERVER)  ## the full stack in the foreground; state in .local/
 	@.venv/bin/restante up
 
 test: $(DEV)  ## all tests, on a private broker and private databases
-	@$(PY) -m pytest
+	@# Compiled once, not by each of the hundreds of processes that the tests start.
+	@env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -n 2 --no-loadscope-reorder
+
+compose-test: $(DEV)  ## compose.yaml on a real container engine: up from nothing, scaled, killed, down (8 minutes)
+	@$(PY) -m pytest -v -s --timeout 900 --durations 12 tests/compose/{came_up,one_port,under_load,operated}.py
 
 check: $(DEV)  ## formatting, lint, types, import contracts
 	@.venv/bin/ruff format --check .
@@ -34,9 +54,21 @@ check: $(DEV)  ## formatting, lint, types, import contracts
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 
+audit: $(AUDIT)  ## known vulnerabilities of locked packages; says so where the index's service can't be asked
+	@deploy/supply.sh audit
+
+sbom: $(AUDIT)  ## dist/restante.cdx.json: what is installed, as CycloneDX
+	@deploy/supply.sh sbom
+
+fuzz: $(FUZZ)  ## decoders of bytes from outside, under atheris; SECONDS=60 for each
+	@$(PY) -m tests.fuzz $(or $(SECONDS),60)
+
 format: $(DEV)  ## format and mend what can be mended
 	@.venv/bin/ruff format .
 	@.venv/bin/ruff check --fix .
 
-bench: $(SERVER)  ## benchmarks; QUICK=1 for a short run
-	@$(PY) -m bench $(if $(QUICK),--quick)
+docs: $(SERVER)  ## write what is generated in docs/
+	@$(PY) -m docs.diagrams
+
+bench: $(BENCH)  ## all measures, or MEASURE=name; QUICK=1 under 3 minutes, WRITE=1 puts the figures into docs/
+	@$(PY) -m bench $(MEASURE) $(if $(QUICK),--quick) $(if $(WRITE),--write-docs) $(if $(DATABASE),--database "$(DATABASE)")
