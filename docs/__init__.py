@@ -1,0 +1,1 @@
+"""The documentation; `docs.diagrams` makes the part of it that is generated."""

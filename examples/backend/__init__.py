@@ -1,0 +1,1 @@
+"""Programs of back ends that read the broker's streams themselves."""
