@@ -6,6 +6,9 @@ Only the login looks anything up; the other three are functions of names (`topol
 broker caches. It does not cache refusals, and asks about a routing key again after a minute: so this is where a
 device's refusals and telemetry channels are counted.
 
+Each answer ends its connection. The broker's HTTP client sends a question behind up to five others on a connection that
+was kept, so one login that waits for its takeover would hold up those of other devices.
+
 To be served on an internal listener, with `lifespan="off"` and `server_header=False`.
 """
 
@@ -32,6 +35,7 @@ BODY_TIMEOUT = 2.5  # seconds
 
 _PREFIX = "/broker/auth/"
 _TEXT = (b"content-type", b"text/plain")
+_LAST = (b"connection", b"close")
 _ENCODED = re.compile(rb"(?:[A-Za-z0-9._~!*'(),;:@$/?\[\]#+-]|%[0-9A-Fa-f]{2})*")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 
@@ -237,5 +241,5 @@ def _log_denial(question: str, form: Form, reason: str) -> None:
 
 async def _answer(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
     length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [_TEXT, length, *headers]})
+    await send({"type": "http.response.start", "status": status, "headers": [_TEXT, length, _LAST, *headers]})
     await send({"type": "http.response.body", "body": body})

@@ -151,6 +151,35 @@ def compare(
     return changes, still_missing
 
 
+@dataclass(frozen=True, slots=True)
+class Life:
+    """A node between its start and its end.
+
+    Attributes:
+        creation: what tells it from the node's other lives; it is in the name of each of its processes.
+        since: when the first event of it was sent, by the broker's clock.
+    """
+
+    creation: str
+    since: Micros
+
+
+def creation(pid: str) -> str | None:
+    """Of which life of its node a process is: `1796031610` of `<rabbit@host.1796031610.1652.0>`. None if it is none."""
+    parts = pid.rsplit(".", 3)
+    return parts[1] if len(parts) == 4 else None
+
+
+def outlived(known: Iterable[Session], lives: Mapping[str, Life], now: Micros) -> list[Lost]:
+    """The ends of the sessions whose node has started again since. A node that dies tells of none of them."""
+    return [Lost(each, now) for each in known if each.node in lives and _is_of_another(each, lives[each.node])]
+
+
+def _is_of_another(session: Session, life: Life) -> bool:
+    # Events that come again tell of an earlier life: what began after them is not judged by them.
+    return session.opened_at < life.since and creation(session.pid or "") not in (None, life.creation)
+
+
 def surplus(known: Iterable[Session]) -> list[Session]:
     """All live sessions of a device but its newest: logins that crossed, neither of which could close the other."""
     newest: dict[DeviceId, Session] = {}

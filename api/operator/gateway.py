@@ -20,7 +20,7 @@ from api.forwarded import BehindEdge
 from api.lasting import Lasting
 from api.operator import authority, certificates, figures, internal, rings, succession, wiring
 from api.operator.beat import beat
-from api.operator.listener import PublicServer
+from api.operator.listener import KEEP_ALIVE, PublicServer
 from api.operator.secrets import secret
 from api.operator.setup import Files
 from api.operator.sockets import own_address
@@ -227,6 +227,7 @@ def _public(settings: Settings, app: FastAPI) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=int(_DRAIN),
         ws="none",
         loop="uvloop",

@@ -19,6 +19,7 @@ from api.streaming import ABORT
 
 TLS_TIMEOUT = 5.0  # seconds for a handshake, as at the broker
 HEAD_TIMEOUT = 10.0  # seconds from a connection, or an answer, to the end of the next request's head
+KEEP_ALIVE = 8  # seconds for which an idle connection is kept: longer than httpx keeps its end, so it never meets ours
 HEAD_LIMIT = 64 * 1024  # bytes of a head, and of whatever else isn't a body
 MOST_WAITING = 2_000  # connections that wait for a head; one more, and the one that has waited longest is cut off
 

@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 _TICK = 0.05  # seconds between looks at the deadlines
 _POLL = 0.1  # seconds between looks at what else waits in the ledger
-_PRESENCE = 5.0  # seconds: the broker's statistics are no fresher
 _LOGGING = 1.0  # seconds: for what a gateway could not write itself
 _PRUNING = 10.0  # seconds: nobody waits for it
 _DAY = 86_400_000_000  # microseconds
@@ -124,7 +123,7 @@ async def _serve(settings: Settings) -> int:
         "closures": (_POLL, closures.run_once),
         **{f"flood-guard-{hand}": (0.0, flood.run_once) for hand in range(HANDS)},
         "sessions": (0.0, sessions.run_once),
-        "presence": (_PRESENCE, Presence(settings.cell, store.sessions, admin, flood, clock).run_once),
+        "presence": (0.0, Presence(settings.cell, store.sessions, sessions.lives, admin, flood, clock).run_once),
         "revocation-log": (_LOGGING, store.revocations.flush),
         "signing-keys": (rings.READ_EVERY, keys.look),
         "authorities": (rings.READ_EVERY, trusted.look),

@@ -54,8 +54,10 @@ class ManagementClient:
         """
         path = f"/api/connections/username/{quote(username, safe='')}"
         found = await self._call("GET", path)
+        if not isinstance(found, list) or not found:
+            return 0
         await self._call("DELETE", path)
-        return len(found) if isinstance(found, list) else 0
+        return len(found)
 
     async def connections(self) -> list[Listed]:
         """All connections, from the broker's statistics: up to about 5 s old. Those that have ended are not in it."""

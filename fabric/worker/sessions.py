@@ -3,6 +3,8 @@
 import asyncio
 import logging
 from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 
 from fabric.clock import Clock
@@ -16,10 +18,13 @@ from fabric.presence import (
     Change,
     Closed,
     Epoch,
+    Life,
     Listed,
     Opened,
     Session,
     compare,
+    creation,
+    outlived,
     surplus,
 )
 from topology import guard, names
@@ -28,7 +33,31 @@ from topology.names import DeviceId
 log = logging.getLogger(__name__)
 
 BATCH = 500  # events of one transaction
+LISTED_EVERY = 5.0  # seconds: the broker's statistics are no fresher
 _NAME_LIMIT = 255  # characters of a connection's, node's or process's name
+
+
+class Lives:
+    """Which life of each node the broker's events are of."""
+
+    def __init__(self) -> None:
+        self.current: dict[str, Life] = {}
+        self._begun = asyncio.Event()
+
+    def hear(self, node: str, pid: str, at: Micros) -> None:
+        """A process of the node took up a connection."""
+        of = creation(pid)
+        if of is not None and (node not in self.current or self.current[node].creation != of):
+            log.info("node.started node=%s creation=%s", node, of)
+            self.current[node] = Life(of, at)
+            self._begun.set()
+
+    async def begun(self, within: float) -> None:
+        """Wait until another has begun, or so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self._begun.wait()
+        self._begun.clear()
 
 
 class SessionEvents:
@@ -39,6 +68,7 @@ class SessionEvents:
 
     def __init__(self, cell: str, sessions: Sessions, flood: FloodGuard, clock: Clock) -> None:
         self._cell, self._sessions, self._flood, self._clock = cell, sessions, flood, clock
+        self.lives = Lives()
         self._waiting: deque[tuple[Delivery, Change]] = deque()
         self._some = asyncio.Event()
         self.refused: Counter[str] = Counter()
@@ -89,6 +119,7 @@ class SessionEvents:
         node, name, pid = (_text(said.get(each)) for each in ("node", "name", "pid"))
         if delivery.routing_key == names.CLOSED:
             return Closed(node, name, pid, at)
+        self.lives.hear(node, pid, at)
         user = _text(said.get("user"))
         if not names.is_device(user):
             return None
@@ -98,28 +129,40 @@ class SessionEvents:
 
 class Presence:
     """Compares the sessions of a cell with its broker's listing: events are sent at most once, and none when a node
-    dies. Meters the traffic of each connection, and closes connections whose logins crossed."""
+    dies. When one has started again, what it had is over at once: its devices are on their way back, and each would
+    otherwise have its old connection closed first. Meters the traffic of each connection, and closes connections whose
+    logins crossed."""
 
-    def __init__(self, cell: str, sessions: Sessions, admin: BrokerAdmin, flood: FloodGuard, clock: Clock) -> None:
-        self._cell, self._sessions, self._admin = cell, sessions, admin
+    def __init__(
+        self, cell: str, sessions: Sessions, lives: Lives, admin: BrokerAdmin, flood: FloodGuard, clock: Clock
+    ) -> None:
+        self._cell, self._sessions, self._lives, self._admin = cell, sessions, lives, admin
         self._flood, self._clock = flood, clock
         self._missing: set[Epoch] = set()
         self._octets: dict[Epoch, int] = {}
 
     async def run_once(self) -> None:
-        listed = [each for each in await self._admin.connections() if names.is_device(each.user)]
+        await self._lives.begun(LISTED_EVERY)
         known = await self._sessions.live(self._cell)
+        over = outlived(known, self._lives.current, self._clock.now())
+        await self._apply(over)
+        listed = [each for each in await self._admin.connections() if names.is_device(each.user)]
+        ended = {change.session.epoch for change in over}
+        known = [each for each in known if each.epoch not in ended]
         now = self._clock.now()
         changes, self._missing = compare(self._cell, known, listed, self._missing, now)
-        for start in range(0, len(changes), BATCH):
-            await self._sessions.apply(changes[start : start + BATCH])
-        if changes:
-            log.info("presence.reconciled changes=%d", len(changes))
+        await self._apply(changes)
         self._meter(listed, now)
         for session in surplus(session for session in known if session.replaced_at is None):
             log.info("connections.surplus device=%s", session.device)
             await self._admin.close_connection(session.name)
         await self._sessions.forget(now - REMEMBERED)
+
+    async def _apply(self, changes: Sequence[Change]) -> None:
+        for start in range(0, len(changes), BATCH):
+            await self._sessions.apply(changes[start : start + BATCH])
+        if changes:
+            log.info("presence.reconciled changes=%d", len(changes))
 
     def _meter(self, listed: list[Listed], now: Micros) -> None:
         for each in listed:

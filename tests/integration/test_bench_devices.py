@@ -73,7 +73,8 @@ def test_every_device_is_present_and_runs_its_commands_once(
     assert {("running", "receipt"), ("succeeded", "outcome")} <= evidence
     fleet.wait(lambda counts: counts.ran >= len(sent), "all were run", WITHIN)
     delays, confirms = fleet.latencies()
-    assert (fleet.ran, len(delays), len(confirms)) == (len(sent), len(sent), len(sent))
+    assert (fleet.ran, len(delays)) == (len(sent), len(sent))
+    assert len(confirms) >= len(sent), "an outcome whose confirm is late goes out again"
     # The events of so many connections are applied in batches.
     state = lambda own: running.ok(running.http.get(f"/v1/devices/{own.id}"))["connection"]["state"]  # noqa: E731
     eventually(lambda: all(state(own) == "connected" for own in enrolled.devices), "all are present")

@@ -31,7 +31,8 @@ class Endpoint:
         assert answer.status_code == 200
         assert answer.content in (b"allow", b"deny"), answer.content
         assert answer.headers["content-type"] == "text/plain"
-        assert set(answer.headers) <= {"content-type", "content-length", "date"}
+        assert set(answer.headers) <= {"content-type", "content-length", "date", "connection"}
+        assert answer.headers["connection"] == "close", "no question waits behind another"
         return answer.content
 
 

@@ -10,12 +10,15 @@ from fabric.presence import (
     SETTLED_AFTER,
     Change,
     Closed,
+    Life,
     Listed,
     Lost,
     Opened,
     Session,
     compare,
+    creation,
     fold,
+    outlived,
     surplus,
 )
 from topology.names import DeviceId
@@ -130,6 +133,27 @@ def test_a_replaced_one_whose_newcomer_did_not_come_is_over() -> None:
     assert compare(CELL, [replaced], [listed(OLD)], (), 10 + REPLACED_FOR)[0] == []
     late = 11 + REPLACED_FOR
     assert compare(CELL, [replaced], [listed(OLD)], (), late)[0] == [Lost(replaced, late)]
+
+
+# ---- A node that starts again ------------------------------------------------------------------------
+
+
+def test_what_a_node_had_before_it_started_is_over() -> None:
+    before, after = replace(OLD, pid="<node@one.100.7.0>"), replace(NEW, pid="<node@one.200.7.0>")
+    elsewhere, unheard = replace(before, node="another"), replace(before, pid=None)
+    life = Life(creation("<node@one.200.5.0>"), NEW.opened_at)
+    assert outlived([before, after, elsewhere, unheard], {NODE: life}, 9) == [Lost(before, 9)]
+    assert outlived([before], {}, 9) == []
+
+
+def test_an_event_of_an_earlier_life_ends_nothing_of_a_later() -> None:
+    after = replace(NEW, pid="<node@one.200.7.0>")
+    assert outlived([after], {NODE: Life("100", OLD.opened_at)}, 9) == []
+
+
+def test_what_does_not_say_which_life_it_is_of_ends_nothing() -> None:
+    assert [creation(pid) for pid in ("", "<pid>", "<1.2>", "1.2.3")] == [None] * 4
+    assert outlived([OLD], {NODE: Life("200", NEW.opened_at)}, 9) == []
 
 
 def test_all_but_the_newest_are_surplus() -> None:
