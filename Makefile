@@ -70,5 +70,5 @@ format: $(DEV)  ## format and mend what can be mended
 docs: $(SERVER)  ## write what is generated in docs/
 	@$(PY) -m docs.diagrams
 
-bench: $(BENCH)  ## all measures, or MEASURE=name; QUICK=1 under 3 minutes, WRITE=1 puts the figures into docs/
-	@$(PY) -m bench $(MEASURE) $(if $(QUICK),--quick) $(if $(WRITE),--write-docs) $(if $(DATABASE),--database "$(DATABASE)")
+bench: $(BENCH)  ## all measures, or MEASURE=name; QUICK=1 under 3 minutes, BUDGET=seconds for each, WRITE=1 puts the figures into docs/
+	@$(PY) -m bench $(MEASURE) $(if $(QUICK),--quick) $(if $(BUDGET),--budget $(BUDGET)) $(if $(WRITE),--write-docs) $(if $(DATABASE),--database "$(DATABASE)")

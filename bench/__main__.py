@@ -40,7 +40,11 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("measure", nargs="*", choices=[*MEASURES, []], help="(default: all)")
-    parser.add_argument("--quick", action="store_true", help="only what has a bar, in under 3 minutes")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="only what has a bar, in under 3 minutes")
+    length.add_argument(
+        "--budget", type=_seconds, metavar="SECONDS", help="for each measure, not its own: for more devices, say"
+    )
     parser.add_argument(
         "--database", default="", help="PostgreSQL server to make databases on (default: a private one)"
     )
@@ -49,7 +53,7 @@ def main() -> int:
     given = parser.parse_args()
 
     names = given.measure or [name for name, measure in MEASURES.items() if measure.BARS or not given.quick]
-    budgets = _Budgets(names, given.quick)
+    budgets = _Budgets(names, given.quick, given.budget)
     runs = {}
     for name in names:
         if (budget := budgets.next(name)) is None:
@@ -64,11 +68,18 @@ def main() -> int:
     return 0 if report.show_bars(bars, runs) else 1
 
 
+def _seconds(text: str) -> float:
+    if not (text.isdecimal() and 30 <= int(text) <= 7_200):
+        raise argparse.ArgumentTypeError("a whole number of seconds, 30 to 7200")
+    return float(text)
+
+
 class _Budgets:
     """Seconds for each measure. In a quick run, one that took longer leaves the others less."""
 
-    def __init__(self, names: Sequence[str], quick: bool) -> None:
-        self._own = {name: MEASURES[name].BUDGET.quick if quick else MEASURES[name].BUDGET.full for name in names}
+    def __init__(self, names: Sequence[str], quick: bool, each: float | None) -> None:
+        own = {name: MEASURES[name].BUDGET for name in names}
+        self._own = {name: it.quick if quick else each or it.full for name, it in own.items()}
         self._until = time.monotonic() + (_QUICK if quick else math.inf)
 
     def next(self, name: str) -> float | None:

@@ -45,6 +45,7 @@ _SLOWER = 1.6  # times as long as the first ones' connects, that the others' ret
 _RESERVE = 30.0  # seconds for what is neither: the restart, the second floor, the end
 _PROCESSES = 2
 _POLL = 0.02  # seconds between two looks whether the broker's port is open
+_CONNECTING = 900.0  # seconds, at most
 _SETTLING = 3.0  # seconds between the last connect and the restart
 
 
@@ -131,7 +132,7 @@ def _connects(stack: Stack, fleet: Fleet, count: int) -> _Turn:
     began = fleet.wait(lambda counts: counts.connects > 0, "a first attempt", 60.0)
     meter = _Cpu(processes.parts(stack), fleet)  # their processes have started by now
     there = fleet.counts().serving
-    ended = fleet.wait_connected(within=300.0)
+    ended = fleet.wait_connected(within=_CONNECTING)
     return _Turn(count - there, ended - began, meter.seconds(), _broker_memory(stack) - memory)
 
 
