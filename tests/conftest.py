@@ -23,6 +23,7 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("ci")
 
 DATABASES = ("sqlite", "postgresql")
+READING = ("test_follow_events.py",)  # they read all that ever happened
 FILLING = ("test_chaos.py", "test_rebuild.py")  # they leave thousands of commands, which others would look through
 
 
@@ -87,7 +88,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever uses a killable stack takes longest, so it comes first; the unit tests come last and fill the end."""
-    items.sort(key=lambda item: (_database(item) is None, _database(item) is not None and item.path.name in FILLING))
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[bool, bool, bool]:
+    if _database(item) is None:
+        return True, False, False
+    return False, item.path.name in FILLING, item.path.name not in READING
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -57,15 +57,24 @@ class Reader:
 
     def wait_until_it_has_all(self) -> None:
         """Until everything that happened is printed: each event once, in order."""
-        logged = in_ledger(self._running)
+        logged: list[tuple[int, str]] = []
+
+        def has_all() -> bool:
+            logged[:] = in_ledger(self._running)
+            eventually(lambda: self._lines() >= len(logged), "all is printed", within=90)
+            return len(in_ledger(self._running)) == len(logged)
+
         try:
-            eventually(lambda: len(self.printed()) >= len(in_ledger(self._running)), "all is printed", within=90)
+            eventually(has_all, "nothing more happens", within=90)
         except AssertionError:
             first = next(iter(self.printed()), None)
             raise AssertionError(
                 f"{len(self.printed())} of {len(logged)} from {first}, saying:\n{self.said()}"
             ) from None
-        assert self.printed() == in_ledger(self._running), self.said()
+        assert self.printed() == logged, self.said()
+
+    def _lines(self) -> int:
+        return self._output.read_bytes().count(b"\n")
 
     def _events(self) -> list[Document]:
         lines = self._output.read_text().splitlines(keepends=True)
