@@ -14,6 +14,10 @@ from topology.names import DeviceId
 
 SETTLED_AFTER: Micros = 10_000_000  # until the broker's statistics must show a connection: they are 5 s old at most
 REPLACED_FOR: Micros = 2_000_000  # that a newcomer may take from its login to its own session
+LISTED_EVERY = 5.0  # seconds: the broker's statistics are no fresher
+LISTED_AT_LEAST_EVERY = 60.0  # seconds
+LISTING_SHARE = 0.05  # of the time: of ten thousand connections a listing costs the broker seconds of a processor
+METERED: Micros = 20_000_000  # as deep as the bucket is that the traffic is taken from
 REMEMBERED: Micros = 600_000_000  # that an ended session is kept, so that what is said late about it is understood
 
 Epoch = tuple[str, str, Micros]
@@ -178,6 +182,17 @@ def outlived(known: Iterable[Session], lives: Mapping[str, Life], now: Micros) -
 def _is_of_another(session: Session, life: Life) -> bool:
     # Events that come again tell of an earlier life: what began after them is not judged by them.
     return session.opened_at < life.since and creation(session.pid or "") not in (None, life.creation)
+
+
+def pause_after(took: float) -> float:
+    """Seconds until the broker is asked again for its listing, which took it so many."""
+    return min(max(LISTED_EVERY, took / LISTING_SHARE), LISTED_AT_LEAST_EVERY)
+
+
+def recent(octets: int, span: Micros) -> int:
+    """How many of the octets that a connection moved between two listings are metered at once: those of no more time
+    than a bucket is deep. Else whoever keeps to the limit would be over it when the listings are far apart."""
+    return octets * METERED // max(METERED, span)
 
 
 def surplus(known: Iterable[Session]) -> list[Session]:

@@ -13,6 +13,7 @@ from topology import names
 from topology.layout import Policy
 
 TIMEOUT = 3.0  # seconds for one call
+LISTING_TIMEOUT = 60.0  # seconds: the broker goes on with it when nobody waits any more, so it is not asked twice
 _TEXT_LIMIT = 300  # characters of the broker's own words in an error
 
 
@@ -40,7 +41,6 @@ class ManagementClient:
         self._client = httpx.AsyncClient(
             base_url=base_url,
             auth=httpx.BasicAuth(username, password),
-            timeout=TIMEOUT,
             verify=verify,
             trust_env=False,  # the credential must not pass through a proxy that the environment names
             follow_redirects=False,
@@ -62,7 +62,7 @@ class ManagementClient:
     async def connections(self) -> list[Listed]:
         """All connections, from the broker's statistics: up to about 5 s old. Those that have ended are not in it."""
         columns = "user,node,name,connected_at,recv_oct,send_oct"
-        found = await self._call("GET", f"/api/connections?columns={columns}")
+        found = await self._call("GET", f"/api/connections?columns={columns}", timeout=LISTING_TIMEOUT)
         listed = [_listed(row) for row in found] if isinstance(found, list) else []
         return [each for each in listed if each is not None]
 
@@ -83,7 +83,9 @@ class ManagementClient:
         """Close the HTTP connections. Closing twice is closing once."""
         await self._client.aclose()
 
-    async def _call(self, method: str, path: str, body: Mapping[str, object] | None = None) -> object:
+    async def _call(
+        self, method: str, path: str, body: Mapping[str, object] | None = None, *, timeout: float = TIMEOUT
+    ) -> object:
         """The answer's JSON; None for one without a body, and for what does not exist.
 
         Raises:
@@ -91,7 +93,7 @@ class ManagementClient:
             ManagementRefused: anything else that is not a success.
         """
         try:
-            answer = await self._client.request(method, path, json=body)
+            answer = await self._client.request(method, path, json=body, timeout=timeout)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             text = str(error) or type(error).__name__
             raise BrokerUnavailable(f"the management API did not answer {method} {path}: {text}") from error

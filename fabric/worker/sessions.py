@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +26,8 @@ from fabric.presence import (
     compare,
     creation,
     outlived,
+    pause_after,
+    recent,
     surplus,
 )
 from topology import guard, names
@@ -33,7 +36,6 @@ from topology.names import DeviceId
 log = logging.getLogger(__name__)
 
 BATCH = 500  # events of one transaction
-LISTED_EVERY = 5.0  # seconds: the broker's statistics are no fresher
 _NAME_LIMIT = 255  # characters of a connection's, node's or process's name
 
 
@@ -138,15 +140,17 @@ class Presence:
     ) -> None:
         self._cell, self._sessions, self._lives, self._admin = cell, sessions, lives, admin
         self._flood, self._clock = flood, clock
+        self._pause = pause_after(0.0)
         self._missing: set[Epoch] = set()
+        self._listed_at: Micros | None = None
         self._octets: dict[Epoch, int] = {}
 
     async def run_once(self) -> None:
-        await self._lives.begun(LISTED_EVERY)
+        await self._lives.begun(self._pause)
         known = await self._sessions.live(self._cell)
         over = outlived(known, self._lives.current, self._clock.now())
         await self._apply(over)
-        listed = [each for each in await self._admin.connections() if names.is_device(each.user)]
+        listed = [each for each in await self._list() if names.is_device(each.user)]
         ended = {change.session.epoch for change in over}
         known = [each for each in known if each.epoch not in ended]
         now = self._clock.now()
@@ -158,6 +162,13 @@ class Presence:
             await self._admin.close_connection(session.name)
         await self._sessions.forget(now - REMEMBERED)
 
+    async def _list(self) -> list[Listed]:
+        began = time.monotonic()
+        try:
+            return await self._admin.connections()
+        finally:
+            self._pause = pause_after(time.monotonic() - began)
+
     async def _apply(self, changes: Sequence[Change]) -> None:
         for start in range(0, len(changes), BATCH):
             await self._sessions.apply(changes[start : start + BATCH])
@@ -165,12 +176,14 @@ class Presence:
             log.info("presence.reconciled changes=%d", len(changes))
 
     def _meter(self, listed: list[Listed], now: Micros) -> None:
+        span = 0 if self._listed_at is None else now - self._listed_at
+        self._listed_at = now
         for each in listed:
             # Of an old connection that is new to this worker, what it moved before is not known to be recent.
-            young = now - each.opened_at < SETTLED_AFTER
+            young = now - each.opened_at < max(SETTLED_AFTER, span)
             moved = each.octets - self._octets.get(each.epoch, 0 if young else each.octets)
             if moved > 0:
-                self._flood.count(DeviceId(each.user), Meter.TRAFFIC, moved)
+                self._flood.count(DeviceId(each.user), Meter.TRAFFIC, recent(moved, span))
         self._octets = {each.epoch: each.octets for each in listed}
 
 

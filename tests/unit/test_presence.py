@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fabric.identity.meters import SECOND, Limits, Meter, spend
 from fabric.presence import (
     REPLACED_FOR,
     SETTLED_AFTER,
@@ -19,10 +21,13 @@ from fabric.presence import (
     creation,
     fold,
     outlived,
+    pause_after,
+    recent,
     surplus,
 )
 from topology.names import DeviceId
 
+LIMITS = Limits()
 PUMP, DOOR = DeviceId("pump-17"), DeviceId("door-1")
 NODE, CELL = "rabbit@one", "local"
 
@@ -154,6 +159,39 @@ def test_an_event_of_an_earlier_life_ends_nothing_of_a_later() -> None:
 def test_what_does_not_say_which_life_it_is_of_ends_nothing() -> None:
     assert [creation(pid) for pid in ("", "<pid>", "<1.2>", "1.2.3")] == [None] * 4
     assert outlived([OLD], {NODE: Life("200", NEW.opened_at)}, 9) == []
+
+
+# ---- What a listing costs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("took", "pause"), [(0.0, 5.0), (0.2, 5.0), (1.0, 20.0), (3.0, 60.0), (60.0, 60.0)])
+def test_a_listing_that_takes_long_is_asked_for_less_often(took: float, pause: float) -> None:
+    assert pause_after(took) == pause
+
+
+@given(st.integers(0, 120 * SECOND), st.integers(0, 2 * LIMITS.traffic))
+def test_who_keeps_to_the_limit_is_within_it_however_far_apart_the_listings_are(span: int, speed: int) -> None:
+    rate, full_at, now = LIMITS.rates[Meter.TRAFFIC], 0, 0
+    over = False
+    for _ in range(60):
+        now += span
+        moved = speed * span // SECOND
+        after = spend(full_at, now, rate, recent(moved, span))
+        over = over or after is None
+        full_at = full_at if after is None else after
+    assert not over or speed > LIMITS.traffic
+
+
+def test_who_is_over_the_limit_is_found_however_far_apart_the_listings_are() -> None:
+    for span in (SECOND, 5 * SECOND, 20 * SECOND, 60 * SECOND):
+        full_at: int | None = 0
+        for turn in range(1, 61):
+            full_at = spend(
+                full_at, turn * span, LIMITS.rates[Meter.TRAFFIC], recent(2 * LIMITS.traffic * span // SECOND, span)
+            )
+            if full_at is None:
+                break
+        assert full_at is None, span
 
 
 def test_all_but_the_newest_are_surplus() -> None:
