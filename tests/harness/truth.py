@@ -14,7 +14,7 @@ NEVER_RAN = {"expired", "undeliverable", "cancelled", "rejected"}
 LATER = {(state.value, cell.to.value) for (state, _), cell in TABLE.items() if cell.late and cell.to is not None}
 FRESH = 2.0  # seconds: what the agent starts without a claim may race a cancel
 CLOCKS = 0.05  # seconds by which the device's clock and the fabric's may be read differently
-START = 1.5  # seconds from the check of `not-after` to the handler's own first word, on a machine that is busy
+START = 3.0  # seconds from the check of `not-after` to the handler's own first word, on a machine that is busy
 
 
 def check_truth(commands: Iterable[Document], starts: Mapping[str, int]) -> None:

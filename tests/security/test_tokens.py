@@ -516,7 +516,7 @@ def test_a_revoked_token_is_refused(stack: RunningStack) -> None:
         assert stack.http.delete(f"/v1/tokens/{made['jti']}").status_code == 200
         revoked = time.monotonic()
         while http.get("/v1/devices").status_code == 200:
-            assert time.monotonic() - revoked < 1.5
+            assert time.monotonic() - revoked < 5
             time.sleep(0.02)
         assert http.get("/v1/devices").status_code == 401
         assert http.get("/v1/devices", headers={"Prefer": "wait=1"}).status_code == 401

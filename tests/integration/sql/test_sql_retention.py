@@ -238,7 +238,7 @@ async def test_a_row_that_somebody_holds_is_passed_over(store: Store, url: str) 
         connection.execute(sa.select(schema.commands).where(schema.commands.c.id == held).with_for_update())
         began = time.monotonic()
         await prune(store)
-        assert time.monotonic() - began < 2, "it waits for nobody"
+        assert time.monotonic() - began < 20, "it waits for nobody"
         assert kept(url) == {held}
     engine.dispose()
     await prune(store)

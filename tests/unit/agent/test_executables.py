@@ -103,10 +103,10 @@ def test_the_whole_group_is_killed_when_the_time_is_up(directory: Path, tmp_path
 
 
 def test_a_child_left_behind_does_not_hold_the_outcome_up(directory: Path) -> None:
-    script(directory, "sleep 3 & echo '{}'")
+    script(directory, "sleep 30 & echo '{}'")
     began = time.monotonic()
     assert run(directory).body == b"{}"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_output_is_bounded(directory: Path) -> None:
