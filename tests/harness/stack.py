@@ -243,7 +243,7 @@ def start_stack(directory: Path, database_url: str, limits: Mapping[str, int] = 
         leaks.check([*leaks.logs_in(state), *running.logs], leaks.kept_in(state))
 
 
-PATIENCE = 2.0  # times what a machine that does nothing else would need at most: waiting ends with the condition
+PATIENCE = 4.0  # times what a machine that does nothing else would need at most: waiting ends with the condition
 
 
 def eventually(holds: Callable[[], bool], what: str, within: float = 20.0) -> None:

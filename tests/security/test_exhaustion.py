@@ -26,7 +26,7 @@ from tests.harness.stack import RunningStack, eventually, start_stack
 from topology import names, wire
 from topology.names import CommandId, DeviceId
 
-SOON = 3.0  # seconds after its deadline within which a command is announced, whatever another device does
+SOON = 8.0  # seconds after its deadline within which a command is announced, whatever another device does
 BACKLOG = 5  # the setting: commands that may wait for a device without a limit of its own
 SILENT = 1_000  # connections that say nothing after TCP
 HANDSHAKES = 150  # of each kind that say nothing later: what these cost is the client's TLS
