@@ -12,12 +12,14 @@ from fabric.command import Micros
 from fabric.model import DomainEvent
 from topology.names import DeviceId
 
-SETTLED_AFTER: Micros = 10_000_000  # until the broker's statistics must show a connection: they are 5 s old at most
+STATISTICS_EVERY: Micros = 10_000_000  # `collect_statistics_interval` of deploy/rabbitmq/rabbitmq.conf
+AGE: Micros = 2 * STATISTICS_EVERY  # of what is in them, at most: a connection tells it, and it is collected
+SETTLED_AFTER = AGE  # until they must show a connection
 REPLACED_FOR: Micros = 2_000_000  # that a newcomer may take from its login to its own session
-LISTED_EVERY = 5.0  # seconds: the broker's statistics are no fresher
+LISTED_EVERY = STATISTICS_EVERY / 1e6  # seconds: more often there is nothing new
 LISTED_AT_LEAST_EVERY = 60.0  # seconds
 LISTING_SHARE = 0.05  # of the time: of ten thousand connections a listing costs the broker seconds of a processor
-METERED: Micros = 20_000_000  # as deep as the bucket is that the traffic is taken from
+METERED: Micros = 30_000_000  # as deep as the bucket is that the traffic is taken from: `LISTED_EVERY` and `AGE`
 REMEMBERED: Micros = 600_000_000  # that an ended session is kept, so that what is said late about it is understood
 
 Epoch = tuple[str, str, Micros]
@@ -191,8 +193,9 @@ def pause_after(took: float) -> float:
 
 def recent(octets: int, span: Micros) -> int:
     """How many of the octets that a connection moved between two listings are metered at once: those of no more time
-    than a bucket is deep. Else whoever keeps to the limit would be over it when the listings are far apart."""
-    return octets * METERED // max(METERED, span)
+    than a bucket is deep. Else whoever keeps to the limit would be over it when the listings are far apart. The first
+    may have been as old as can be, and the second new."""
+    return octets * METERED // max(METERED, span + AGE)
 
 
 def surplus(known: Iterable[Session]) -> list[Session]:

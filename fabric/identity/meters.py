@@ -41,6 +41,7 @@ class Rate:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one device may do. A burst is the allowance of 20 s: a device that comes back reports on all that waited.
+    Of traffic it is 30 s, since it is known in steps of up to so many.
 
     Attributes:
         reports: receipts, outcomes, claims and hellos a second.
@@ -75,7 +76,7 @@ class Limits:
             Meter.REPORTS: Rate(self.reports, SECOND, 20 * self.reports),
             Meter.INQUIRIES: Rate(self.inquiries, SECOND, 20 * self.inquiries),
             Meter.REFUSALS: Rate(self.refusals, 60 * SECOND, self.refusals),
-            Meter.TRAFFIC: Rate(self.traffic, SECOND, 20 * self.traffic),
+            Meter.TRAFFIC: Rate(self.traffic, SECOND, 30 * self.traffic),
         }
 
 

@@ -60,7 +60,7 @@ class ManagementClient:
         return len(found)
 
     async def connections(self) -> list[Listed]:
-        """All connections, from the broker's statistics: up to about 5 s old. Those that have ended are not in it."""
+        """All connections, from the broker's statistics: up to `presence.AGE` old. Those that ended are not in it."""
         columns = "user,node,name,connected_at,recv_oct,send_oct"
         found = await self._call("GET", f"/api/connections?columns={columns}", timeout=LISTING_TIMEOUT)
         listed = [_listed(row) for row in found] if isinstance(found, list) else []

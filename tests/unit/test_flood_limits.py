@@ -39,8 +39,8 @@ def test_a_device_over_its_limit_is_told_from_its_neighbours() -> None:
     assert counted.spend(PUMP, Meter.INQUIRIES, NOW), "each has a bucket of its own"
     later = NOW + SECOND
     assert [counted.spend(PUMP, Meter.REPORTS, later) for _ in range(51)] == [True] * 50 + [False]
-    assert not counted.spend(DOOR, Meter.TRAFFIC, NOW, 20 * LIMITS.traffic + 1)
-    assert counted.spend(DOOR, Meter.TRAFFIC, NOW, 20 * LIMITS.traffic)
+    assert not counted.spend(DOOR, Meter.TRAFFIC, NOW, 30 * LIMITS.traffic + 1)
+    assert counted.spend(DOOR, Meter.TRAFFIC, NOW, 30 * LIMITS.traffic)
 
 
 def test_channels_are_counted_once_and_forgotten_after_an_hour() -> None:
