@@ -12,7 +12,7 @@ from typing import Protocol
 from fabric import presence
 from fabric.audit import Action, Deed, Entry
 from fabric.command import Command, Micros, State
-from fabric.identity.admission import Admission
+from fabric.identity.admission import Admission, Attempt
 from fabric.identity.meters import Limits, Meter
 from fabric.model import (
     Device,
@@ -100,7 +100,7 @@ class BrokerAdmin(Protocol):
         ...
 
     async def connections(self) -> list[Listed]:
-        """All connections, of whatever user, as they were up to 5 s ago."""
+        """All connections, of whatever user, as they were up to `presence.AGE` ago."""
         ...
 
     async def close_connection(self, name: str) -> None:
@@ -240,15 +240,6 @@ class Ledger(Protocol):
     async def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Login:
-    """What the login decision needs, read and recorded under the device's row lock."""
-
-    device: Device
-    key: DeviceKey | None
-    first_use: Micros
-
-
 class Registry(Protocol):
     """Devices, keys, codes and tokens."""
 
@@ -326,11 +317,9 @@ class Registry(Protocol):
         """The active ones, the oldest first."""
         ...
 
-    async def login(self, id: DeviceId, kid: str, jti: str, now: Micros, expires: Micros) -> Login | None:
-        """Lock the device's row, read the key, record the token's first use. None: no such device."""
+    async def greet(self, id: DeviceId, now: Micros, agent_version: str | None) -> str:
+        """Note that a device said hello, if it is one; returns the fabric's incarnation."""
         ...
-
-    async def seen(self, id: DeviceId, now: Micros, agent_version: str | None) -> None: ...
 
     async def add_token(self, token: IssuedToken, minter_issued_at: Micros | None = None) -> None:
         """Raises `Unauthenticated` when its parent is unknown or revoked, or the tokens of `token.minter` are, of which
@@ -385,8 +374,9 @@ class Sessions(Protocol):
 
     async def forget(self, ended_before: Micros) -> None: ...
 
-    async def admit(self, device: DeviceId, jti: str, now: Micros, limits: Limits) -> Admission:
-        """Decide about a login that `Registry.login` has recorded, under the lock of the device's row."""
+    async def admit(self, attempt: Attempt, limits: Limits) -> Admission:
+        """Take `admission.decide` under the lock of the device's row, so that a revocation either sees the login or
+        forbids it. Those that wait meanwhile are decided together, in one transaction."""
         ...
 
     async def took_over(self, device: DeviceId, now: Micros, limits: Limits) -> bool:

@@ -86,7 +86,7 @@ async def _serve(settings: Settings) -> int:
     keys = rings.Watch(Files(settings.state_dir).command_keys, clock, private=False)
     trusted = succession.Watch(Files(settings.state_dir).authorities)
     claiming, returned = (Inbox(queue, ledger, clock, flood) for queue in (names.CLAIMS, names.RETURNED))
-    claims = Claims(claiming, recorder, ledger, registry, publisher, clock, keys.keys, trusted.authorities)
+    claims = Claims(claiming, recorder, registry, publisher, clock, keys.keys, trusted.authorities)
     dead = DeadLetters(returned, recorder, gate.is_open)
     closures = Closures(registry, admin)
     sessions = SessionEvents(settings.cell, store.sessions, flood, clock)

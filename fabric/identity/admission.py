@@ -1,9 +1,12 @@
 """What is remembered of a device between its logins, so that any gateway knows it; and what follows from it. Pure."""
 
+import hashlib
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from fabric.command import Micros
 from fabric.identity.meters import SECOND, Limits, spend
+from topology.names import DeviceId
 
 CONTEST_WINDOW: Micros = 60 * SECOND  # in which takeovers are counted
 CONTESTED_FOR: Micros = 60 * SECOND
@@ -13,6 +16,7 @@ FORGIVEN_AFTER: Micros = 600 * SECOND  # without an episode, after which the bac
 MAX_STRIKES = 16
 HANDSHAKE: Micros = 10 * SECOND  # the broker's time-out: an older login has become a session, or never will
 REPEATED_WITHIN: Micros = 5 * SECOND  # the broker asks a second time as soon as it has the first answer
+FIRST_USE_LIFE: Micros = 15 * SECOND  # the broker asks twice for one login, and retries at most so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,91 @@ class Admission:
     flooded: bool = False
     older: bool = False
     unseen: bool = False
+
+
+def use_of(jti: str) -> str:
+    """A token's id, hashed: an index takes no text of any length, and the id is the device's to choose."""
+    return hashlib.sha256(jti.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A login whose token's signature holds.
+
+    Attributes:
+        device: whose.
+        kid: of the key that signed.
+        use: `use_of` the token.
+        expires: until when the token could be used again.
+        at: when it was asked about.
+    """
+
+    device: DeviceId
+    kid: str
+    use: str
+    expires: Micros
+    at: Micros
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A token that its device was let in with: first and last; admitted, and asked about once more since."""
+
+    first_use: Micros
+    last_use: Micros
+    expires_at: Micros
+    admitted_at: Micros | None
+    repeated_at: Micros | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the registry knows of a device that logs in.
+
+    Attributes:
+        enabled: it is not suspended.
+        keys: its active ones.
+        uses: of tokens that are not expired, by `use_of`.
+        live: does it have a session that nothing has replaced?
+        seen_at: when a session of it was last heard of.
+        guard: what is remembered of it.
+    """
+
+    enabled: bool
+    keys: Set[str]
+    uses: Mapping[str, Use]
+    live: bool
+    seen_at: Micros | None
+    guard: Guard
+
+
+def decide(known: Known | None, attempt: Attempt, limits: Limits) -> tuple[Known | None, Admission]:
+    """The decision, and what is known from then on. A login that is refused changes nothing but that its token, once
+    its key is good, was used, which is recorded before."""
+    if known is None or attempt.kid not in known.keys:
+        return known, Admission("the device or its key is gone")
+    if not known.enabled:
+        return known, Admission("the device is suspended")
+    use = known.uses.get(attempt.use)
+    if use is None:
+        use = Use(attempt.at, attempt.at, attempt.expires, None)
+    elif attempt.at - use.first_use > FIRST_USE_LIFE:
+        return known, Admission("the token was used before; each connection needs one of its own")
+    elif is_repeated(use.admitted_at, use.repeated_at, attempt.at):
+        again = replace(use, last_use=attempt.at, repeated_at=attempt.at)
+        return replace(known, uses={**known.uses, attempt.use: again}), Admission()
+    unseen_since = _unseen_since(known, attempt.use)
+    guard, answer = admit(known.guard, attempt.at, limits, live=known.live, unseen_since=unseen_since)
+    if answer.refusal is not None:
+        return known, answer
+    use = replace(use, last_use=attempt.at, admitted_at=attempt.at, repeated_at=None)
+    return replace(known, uses={**known.uses, attempt.use: use}, guard=guard), answer
+
+
+def _unseen_since(known: Known, but: str) -> Micros | None:
+    """When the last login, other than this one, was let in, if no session has been seen since."""
+    admitted = max((it.admitted_at or 0 for key, it in known.uses.items() if key != but), default=0)
+    return admitted if admitted > (known.seen_at or 0) else None
 
 
 def is_repeated(admitted_at: Micros | None, repeated_at: Micros | None, now: Micros) -> bool:

@@ -6,15 +6,17 @@ login or forbids it.
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 from fabric.clock import Clock
 from fabric.errors import Invalid, Unauthenticated
 from fabric.identity import tokens
-from fabric.identity.admission import Admission
+from fabric.identity.admission import Admission, Attempt, use_of
 from fabric.identity.takeover import Admissions
 from fabric.identity.tokens import Claims, Unverified
 from fabric.ports import Registry
@@ -23,9 +25,9 @@ from topology.names import DeviceId
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 8  # logins that are decided at the same time: more than the threads that read the registry for them
+AT_ONCE = 32  # logins that are decided at the same time, in few transactions
 TURN_WITHIN = 1.5  # seconds: the broker is answered within 2.5 in any case
-FIRST_USE_LIFE = 15_000_000  # µs: the broker asks twice for one login, and retries at most so long
+REMEMBERED = 2.0  # seconds from the answer about a login until the broker's second question about it, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,14 @@ class DeviceLogins:
     def __init__(self, registry: Registry, clock: Clock, audiences: Audiences, admissions: Admissions) -> None:
         self._registry, self._clock, self._audiences, self._admissions = registry, clock, audiences, admissions
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._let_in: dict[tuple[str, bytes], float] = {}  # until when, by name and digest of the token; oldest first
 
-    async def login(self, username: str, password: str) -> Claims:
+    async def login(self, username: str, password: str) -> None:
         """Allow an AMQP login, once the device's older connections are closed.
+
+        The broker asks twice about each. The second time it gets the first one's answer, if that was given here a
+        moment ago. Whoever is revoked between the two is closed like one whose second question came just before: a
+        revocation looks until no login from before it can become a connection any more.
 
         Raises:
             Unauthenticated: denied; the text is for the log, never for the one who asked.
@@ -51,10 +58,21 @@ class DeviceLogins:
         if not names.is_device(username):
             raise Unauthenticated("the user name is no device id")
         device, token = DeviceId(username), tokens.examine(password)  # what is no token waits for nothing
+        asked = device, hashlib.sha256(password.encode()).digest()
+        now = asyncio.get_running_loop().time()
+        if self._let_in.pop(asked, 0.0) > now:
+            return
         async with self._turn():
-            claims, admission = await self._decide(device, token)
+            admission = await self._decide(device, token)
         await self._admissions.make_room(device, admission)
-        return claims
+        self._remember(asked)
+
+    def _remember(self, asked: tuple[str, bytes]) -> None:
+        now = asyncio.get_running_loop().time()
+        for old, until in list(islice(self._let_in.items(), 2)):  # two go for one that comes: it stays small
+            if until <= now:
+                del self._let_in[old]
+        self._let_in[asked] = now + REMEMBERED
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -70,18 +88,11 @@ class DeviceLogins:
         finally:
             self._turns.release()
 
-    async def _decide(self, device: DeviceId, token: Unverified) -> tuple[Claims, Admission]:
+    async def _decide(self, device: DeviceId, token: Unverified) -> Admission:
         claims = await self._check(device, token, self._audiences.mq, enrollment.AMQP_TOKEN_LIFE)
-        now = self._clock.now()
         expires = (claims.exp + enrollment.CLOCK_LEEWAY) * 1_000_000
-        found = await self._registry.login(device, claims.kid, claims.jti, now, expires)
-        if found is None or found.key is None:
-            raise Unauthenticated("the device or its key is gone")
-        if not found.device.enabled:
-            raise Unauthenticated("the device is suspended")
-        if now - found.first_use > FIRST_USE_LIFE:
-            raise Unauthenticated("the token was used before; each connection needs one of its own")
-        return claims, await self._admissions.decide(device, claims.jti)
+        attempt = Attempt(device, claims.kid, use_of(claims.jti), expires, self._clock.now())
+        return await self._admissions.decide(attempt)
 
     async def bearer(self, token: Unverified) -> Claims:
         """Verify a device's token for HTTP. Raises `Unauthenticated`."""

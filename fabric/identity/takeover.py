@@ -10,7 +10,7 @@ import logging
 from fabric.clock import Clock
 from fabric.errors import Temporary, Unauthenticated
 from fabric.guarding import FloodGuard
-from fabric.identity.admission import Admission
+from fabric.identity.admission import Admission, Attempt
 from fabric.identity.meters import Meter
 from fabric.ports import ConnectionCloser, Sessions
 from topology.names import DeviceId
@@ -30,18 +30,17 @@ class Admissions:
         self._sessions, self._closer, self._flood, self._clock = sessions, closer, flood, clock
         self._failing = False
 
-    async def decide(self, device: DeviceId, jti: str) -> Admission:
+    async def decide(self, attempt: Attempt) -> Admission:
         """May the device come in, once there is room for it? The broker asks twice about one login: the second time
         nothing is counted.
 
         Raises:
-            Unauthenticated: throttled, contested, or too many logins; the text is for the log.
+            Unauthenticated: gone, suspended, throttled, contested, or too many logins; the text is for the log.
             Temporary: the registry is away.
         """
-        now = self._clock.now()
-        answer = await self._sessions.admit(device, jti, now, self._flood.limits)
+        answer = await self._sessions.admit(attempt, self._flood.limits)
         if answer.flooded:
-            self._flood.exceed(device, Meter.LOGINS)
+            self._flood.exceed(attempt.device, Meter.LOGINS)
         if answer.refusal is not None:
             raise Unauthenticated(answer.refusal)
         return answer

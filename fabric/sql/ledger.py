@@ -23,6 +23,7 @@ from fabric.sql import log as event_log
 from fabric.sql import mailboxes, rows, schema, waiting
 from fabric.sql.engine import Database, refused
 from fabric.sql.fold import Fold, Stale, are_stored
+from fabric.sql.greetings import incarnation
 from fabric.sql.prepared import Prepared, Row
 from fabric.sql.retention import PRUNED_THROUGH
 from topology.names import CommandId, DeviceId
@@ -218,10 +219,7 @@ class SqlLedger:
         return await self._database.time_offset()
 
     async def incarnation(self) -> str:
-        found = await self._all(_INCARNATION, {})
-        if not found:
-            raise LedgerUnavailable("The database has no incarnation; run `restante migrate`.")
-        return str(found[0].value)
+        return await self._database.read(incarnation)
 
     async def _all(self, query: sa.Select[Any], parameters: rows.Row) -> Sequence["sa.Row[Any]"]:
         return await self._database.read(lambda connection: connection.execute(query, parameters).all())
@@ -350,7 +348,6 @@ _QUEUED = (
     .order_by(_commands.device, _commands.seq)
 )
 _PRUNED_THROUGH = Prepared(sa.select(schema.meta.c.value).where(schema.meta.c.name == PRUNED_THROUGH))
-_INCARNATION = sa.select(schema.meta.c.value).where(schema.meta.c.name == "incarnation")
 _PRUNE_QUARANTINE = sa.delete(schema.quarantine).where(
     schema.quarantine.c.device == sa.bindparam("of"),
     schema.quarantine.c.id

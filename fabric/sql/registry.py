@@ -16,16 +16,14 @@ from fabric.command import PICKED_UP, WAITING, Cancelled, Command, DeviceDeleted
 from fabric.errors import Conflict, FabricError, NotFound, PreconditionFailed, Unauthenticated
 from fabric.identity.revoked import DeviceState, KeyRevoked, SubjectRevoked, TokenRevoked
 from fabric.model import Device, DeviceKey, DomainEvent, EnrollmentCode, IssuedToken, Mailbox, RevokedTokens
-from fabric.ports import Login
 from fabric.sql import audit, identity, keys, mailboxes, rows, schema, tokens
 from fabric.sql.engine import Database
 from fabric.sql.fold import INSERT_EVENTS, LOCK_COMMANDS, Fold
+from fabric.sql.greetings import Greetings
 from fabric.sql.prepared import Among
 from fabric.sql.revocations import SqlRevocations, note
 from fabric.sql.schema import Why
 from topology.names import DeviceId
-
-SEEN_EVERY: Final = 10_000_000  # µs between two writes of a device's `last_seen`
 
 # Whoever is told that one of these is done may rely on it after a backup was restored.
 _LASTING: Final = frozenset(
@@ -55,9 +53,14 @@ class SqlRegistry:
 
     def __init__(self, database: Database, clock: Callable[[], Micros], revocations: SqlRevocations) -> None:
         self._database, self._clock, self._revocations = database, clock, revocations
+        self._greetings = Greetings(database)
+
+    def start(self) -> None:
+        self._greetings.start()
 
     async def close(self) -> None:
-        """Nothing is held here; the database is closed by whoever opened it."""
+        """Answer who waits; the database is closed by whoever opened it. Closing twice is closing once."""
+        await self._greetings.stop()
 
     # ---- Devices ---------------------------------------------------------------------------------------
 
@@ -148,17 +151,8 @@ class SqlRegistry:
         many: int = found.many
         return many
 
-    async def seen(self, id: DeviceId, now: Micros, agent_version: str | None) -> None:
-        known = await self._all(_SEEN, {"of": id})
-        if not known:
-            return
-        recent = known[0].last_seen is not None and now - known[0].last_seen < SEEN_EVERY
-        if recent and agent_version in (None, known[0].agent_version):
-            return
-        values: rows.Row = {"last_seen": now}
-        if agent_version is not None:
-            values["agent_version"] = agent_version
-        await self._database.write(lambda connection: connection.execute(_UPDATE_DEVICE, {"of": id, **values}))
+    async def greet(self, id: DeviceId, now: Micros, agent_version: str | None) -> str:
+        return await self._greetings.greet(id, now, agent_version)
 
     async def record(self, event: DomainEvent) -> None:
         await self._database.write(lambda connection: record(connection, event))
@@ -227,16 +221,6 @@ class SqlRegistry:
             return dropped, Deed(Action.KEY_REVOKED, id, {"kid": kid, "with": dropped[1:]})
 
         return await self._do(revoke)
-
-    async def login(self, id: DeviceId, kid: str, jti: str, now: Micros, expires: Micros) -> Login | None:
-        def login(connection: sa.Connection) -> Login | None:
-            known = connection.execute(LOCK_DEVICE, {"of": id}).first()
-            if known is None:
-                return None
-            key, first_use = identity.use_token(connection, id, kid, jti, now, expires)
-            return Login(rows.device(known), key, first_use)
-
-        return await self._database.write(login)
 
     async def last_login(self, id: DeviceId) -> Micros | None:
         """When a login of this device was last recorded, even if it has been deleted since; for about as long
@@ -463,7 +447,6 @@ _DEVICES = (
     .limit(sa.bindparam("limit"))
 )
 _GROUPS = Among(sa.select(_devices.id, _devices.groups), _devices.id)
-_SEEN = sa.select(_devices.last_seen, _devices.agent_version).where(_devices.id == sa.bindparam("of"))
 _UPDATE_DEVICE = sa.update(schema.devices).where(_devices.id == sa.bindparam("of"))
 _DELETE_DEVICE = sa.delete(schema.devices).where(_devices.id == sa.bindparam("of"))
 _OPEN_COMMANDS = LOCK_COMMANDS.where(schema.commands.c.device == sa.bindparam("of"), schema.commands.c.due.is_not(None))

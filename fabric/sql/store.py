@@ -42,6 +42,8 @@ class Store:
     async def close(self) -> None:
         """Commit what was submitted, then disconnect. Closing twice is closing once."""
         await self.ledger.close()
+        await self.registry.close()
+        await self.sessions.close()
         self._measuring.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._measuring
@@ -77,6 +79,8 @@ async def open_store(url: str, revocation_log: RevocationLog | None = None) -> S
     registry, retention = SqlRegistry(database, clock.now, revocations), SqlRetention(database, clock.now)
     audit = SqlAudit(database, clock.now)
     sessions, gateways = SqlSessions(database), SqlGateways(database)
+    registry.start()
+    sessions.start()
     figures = SqlFigures(database, clock.now)
     return Store(
         ledger, registry, sessions, gateways, retention, audit, revocations, figures, clock, database, measuring

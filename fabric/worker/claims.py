@@ -13,7 +13,7 @@ from fabric.clock import Clock
 from fabric.errors import Temporary
 from fabric.keyring import Keys
 from fabric.model import Change, Changed, DomainEvent, Dropped
-from fabric.ports import Delivery, Ledger, Publisher, Registry
+from fabric.ports import Delivery, Publisher, Registry
 from fabric.uplink import Inbox
 from fabric.worker.reports import Recorder
 from topology import names, wire
@@ -34,7 +34,6 @@ class Claims:
         self,
         inbox: Inbox,
         recorder: Recorder,
-        ledger: Ledger,
         registry: Registry,
         publisher: Publisher,
         clock: Clock,
@@ -43,7 +42,7 @@ class Claims:
     ) -> None:
         """`keys` are those that sign commands; their private halves are not needed. `authorities` are what devices are
         pinned to."""
-        self._inbox, self._recorder, self._ledger = inbox, recorder, ledger
+        self._inbox, self._recorder = inbox, recorder
         self._registry, self._publisher, self._clock = registry, publisher, clock
         self._keys, self._authorities = keys, authorities
         self._conflicts: set[tuple[str, ...]] = set()
@@ -68,8 +67,7 @@ class Claims:
         return None if claim is None else await self._decide(claim, letter.device)
 
     async def _welcome(self, hello: wire.Hello, device: DeviceId) -> wire.Message:
-        await self._registry.seen(device, self._clock.now(), hello.agent_version)
-        incarnation = await self._ledger.incarnation()
+        incarnation = await self._registry.greet(device, self._clock.now(), hello.agent_version)
         keys = self._keys.announcements(hello.keys_version)
         authorities = self._authorities.announcements(hello.authorities_version)
         return wire.encode_welcome(

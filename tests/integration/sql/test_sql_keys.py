@@ -18,6 +18,7 @@ from tests.integration.sql.values import (
     all_events,
     change,
     code,
+    log_in,
     new_device,
     now,
     stored,
@@ -47,9 +48,7 @@ async def test_a_key_is_added_under_the_one_that_authorizes_it(store: Store) -> 
     assert await store.registry.add_key(child) == (child, True)
     assert await store.registry.add_key(key("b", "a")) == (child, False)
     assert [(each.kid, each.parent) for each in await store.registry.keys(PUMP)] == [("a", None), ("b", "a")]
-    login = await store.registry.login(PUMP, "b", "jti", now(), now() + SECOND)
-    assert login is not None
-    assert login.key == replace(child, last_used=None)
+    assert (await log_in(store, "jti", now(), kid="b")).refusal is None
     await all_events(store.ledger)
     assert [(row.kind, row.detail) for row in await store.ledger.events(2, 10)] == [
         ("device.key-added", {"kid": "b", "parent": "a"})
@@ -98,9 +97,7 @@ async def test_revoking_a_key_revokes_those_under_it(store: Store) -> None:
     assert await store.registry.revoke_key(PUMP, "b", now()) == ["b", "d"]
     assert await kids(store) == ["a", "c"]
     assert [device for _, device in await store.registry.closures(10)] == [PUMP]
-    login = await store.registry.login(PUMP, "d", "jti", now(), now() + SECOND)
-    assert login is not None
-    assert login.key is None
+    assert (await log_in(store, "jti", now(), kid="d")).refusal == "the device or its key is gone"
     with pytest.raises(NotFound):
         await store.registry.revoke_key(PUMP, "d", now())
     assert await store.registry.revoke_key(PUMP, "a", now()) == ["a", "c"]
@@ -140,9 +137,7 @@ async def test_a_retired_key_is_good_for_nothing_and_may_be_enrolled_again(store
     await store.registry.retire_key(PUMP, "a", "c", now())
     assert await kids(store) == ["b", "c"]
     assert len(await store.registry.closures(10)) == 1
-    login = await store.registry.login(PUMP, "a", "jti", now(), now() + SECOND)
-    assert login is not None
-    assert login.key is None
+    assert (await log_in(store, "jti", now(), kid="a")).refusal == "the device or its key is gone"
     for refusal in (store.registry.add_key(key("d", "a")), store.registry.retire_key(PUMP, "b", "a", now())):
         with pytest.raises(Unauthenticated):
             await refusal

@@ -182,7 +182,7 @@ async def test_a_commit_whose_answer_was_lost_is_looked_up(url: str, committed: 
     # The registry doesn't know whether it is done, and says so.
     lose = True
     with pytest.raises(LedgerUnavailable):
-        await store.registry.seen(PUMP, 17, "1.0")
+        await store.registry.greet(PUMP, 17, "1.0")
     device = await store.registry.device(PUMP)
     assert device is not None
     assert (device.agent_version == "1.0") is committed

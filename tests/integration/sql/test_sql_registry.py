@@ -4,12 +4,15 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
 from fabric.command import Confirmed, Receipted, State
 from fabric.errors import Conflict, FabricError, Gone, NotFound, PreconditionFailed
+from fabric.identity.admission import FIRST_USE_LIFE, Admission
+from fabric.identity.meters import Limits
 from fabric.model import Change, Device, DeviceKey, DomainEvent, IssuedToken
-from fabric.sql import Store
-from fabric.sql.registry import SEEN_EVERY
+from fabric.sql import Store, logins
+from fabric.sql.greetings import SEEN_EVERY
 from tests.integration.sql.values import (
     AGENT,
     PUMP,
@@ -21,6 +24,7 @@ from tests.integration.sql.values import (
     change,
     code,
     draft,
+    log_in,
     new_device,
     now,
     rows,
@@ -167,12 +171,12 @@ async def test_deleting_and_accepting_at_once_leave_nothing_open(store: Store) -
 async def test_seen_is_written_now_and_then(store: Store) -> None:
     await add_device(store.registry)
     for at, version in ((SECOND, "1.0"), (SECOND + 1, None), (SECOND + 2, "1.1"), (SECOND + SEEN_EVERY, "1.1")):
-        await store.registry.seen(PUMP, at, version)
+        await store.registry.greet(PUMP, at, version)
     device = await store.registry.device(PUMP)
     assert device is not None
     assert (device.last_seen, device.agent_version) == (SECOND + 2, "1.1")
-    await store.registry.seen(PUMP, 2 * SECOND + SEEN_EVERY, None)
-    await store.registry.seen(OTHER, SECOND, None)
+    await store.registry.greet(PUMP, 2 * SECOND + SEEN_EVERY, None)
+    await store.registry.greet(OTHER, SECOND, None)
     device = await store.registry.device(PUMP)
     assert device is not None
     assert (device.last_seen, device.agent_version) == (2 * SECOND + SEEN_EVERY, "1.1")
@@ -307,63 +311,96 @@ async def test_revoking_a_key_closes_connections_and_voids_codes(store: Store) -
     assert len(await store.registry.closures(10)) == 1
     with pytest.raises(Gone):
         await store.registry.redeem(open_code.code_hash, key("kid-1"), now())
-    login = await store.registry.login(PUMP, "kid-1", "jti", now(), now() + SECOND)
-    assert login is not None
-    assert login.key is None
+    assert (await log_in(store, "jti", now(), kid="kid-1")).refusal == "the device or its key is gone"
 
 
 # ---- Logins ------------------------------------------------------------------------------------------
 
 
-async def test_a_token_is_remembered_from_its_first_use(store: Store) -> None:
+async def test_a_token_is_good_for_one_login(store: Store) -> None:
     await enrolled(store)
     at = now()
-    for later in (0, 5, 20):
-        login = await store.registry.login(PUMP, "kid-1", "jti-1", at + later, at + 100 * SECOND)
-        assert login is not None
-        assert login.key is not None
-        assert (login.device.id, login.key.kid, login.first_use) == (PUMP, "kid-1", at)
-    other = await store.registry.login(PUMP, "kid-1", "jti-2" * 1000, at + 30, at + 100 * SECOND)
-    assert other is not None
-    assert other.first_use == at + 30
-    assert (await store.registry.keys(PUMP))[0].last_used == at + 30
-    assert await store.registry.last_login(PUMP) == at + 30
-    assert await store.registry.login(OTHER, "kid-1", "jti-1", at, at) is None
+    for later in (0, 5, FIRST_USE_LIFE):
+        assert (await log_in(store, "jti-1", at + later, kid="kid-1")).refusal is None
+    refused = await log_in(store, "jti-1", at + FIRST_USE_LIFE + 1, kid="kid-1")
+    assert (refused.refusal or "").startswith("the token was used before")
+    assert (await log_in(store, "jti-2" * 1000, at + 30 * SECOND, kid="kid-1")).refusal is None
+    assert (await store.registry.keys(PUMP))[0].last_used == at + 30 * SECOND
+    assert await store.registry.last_login(PUMP) == at + 30 * SECOND
+    assert (await log_in(store, "jti-1", at, OTHER, "kid-1")).refusal == "the device or its key is gone"
 
 
-async def test_logins_that_race_agree_on_the_first_use(store: Store) -> None:
+async def test_logins_that_race_agree_on_the_first_use(store: Store, url: str) -> None:
     await enrolled(store)
     at = now()
-    logins = await asyncio.gather(*(store.registry.login(PUMP, "kid-1", "jti", at + n, at + SECOND) for n in range(8)))
-    assert len({login.first_use for login in logins if login}) == 1
+    await asyncio.gather(*(log_in(store, "jti", at + n, kid="kid-1") for n in range(8)))
+    ((first, last),) = rows(url, "SELECT first_use, last_use FROM logins")
+    assert at <= first < last < at + 8
 
 
-async def test_a_login_for_a_key_that_is_not_there_leaves_no_trace(store: Store) -> None:
+async def test_a_login_for_a_key_that_is_not_there_leaves_no_trace(store: Store, url: str) -> None:
     await enrolled(store)
-    login = await store.registry.login(PUMP, "kid-9", "jti", now(), now() + SECOND)
-    assert login is not None
-    assert login.key is None
+    assert (await log_in(store, "jti", now(), kid="kid-9")).refusal == "the device or its key is gone"
     assert await store.registry.last_login(PUMP) is None
+    assert rows(url, "SELECT 1 FROM logins") == rows(url, "SELECT 1 FROM guards") == []
+
+
+async def test_a_token_that_was_refused_was_used(store: Store) -> None:
+    device = await enrolled(store)
+    device = await store.registry.update_device(replace(device, enabled=False), None)
+    at = now()
+    assert (await log_in(store, "jti", at, kid="kid-1")).refusal == "the device is suspended"
+    assert await store.registry.last_login(PUMP) == at
+    await store.registry.update_device(replace(device, enabled=True), None)
+    refused = await log_in(store, "jti", at + FIRST_USE_LIFE + 1, kid="kid-1")
+    assert (refused.refusal or "").startswith("the token was used before")
+    assert (await log_in(store, "another", at + FIRST_USE_LIFE + 1, kid="kid-1")).refusal is None
+
+
+async def test_however_many_logins_were_refused_few_are_read(store: Store) -> None:
+    await enrolled(store)
+    at = now()
+    refused = [await log_in(store, f"jti-{n}", at + n, kid="kid-1", limits=Limits(logins=1)) for n in range(50)]
+    assert [answer.flooded for answer in refused] == [False] + [True] * 49
+    found = await store.registry._database.read(lambda connection: logins._USES_OF(connection, [PUMP], since=at + 49))
+    assert len(found) == 2
+
+
+async def test_logins_of_many_devices_are_decided_together(store: Store) -> None:
+    devices = [DeviceId(f"pump-{number:03}") for number in range(3 * logins.BATCH)]
+    for device in devices:
+        await enrolled(store, device, f"key-of-{device}")
+    at, transactions = now(), 0
+
+    def count(_: object) -> None:
+        nonlocal transactions
+        transactions += 1
+
+    sa.event.listen(store.ledger._database.engine, "begin", count)
+    asked = [log_in(store, "jti", at, device, f"key-of-{device}") for device in [*devices, DeviceId("nobody")]]
+    *answers, stranger = await asyncio.gather(*asked)
+    assert all(answer == Admission() for answer in answers)
+    assert stranger.refusal == "the device or its key is gone"
+    assert transactions <= 5, "each takes as many as are waiting"
+    assert {await store.registry.last_login(device) for device in devices} == {at}
 
 
 async def test_expired_logins_are_forgotten(store: Store, url: str) -> None:
     await enrolled(store)
     for number in range(5):
-        await store.registry.login(PUMP, "kid-1", f"jti-{number}", number, 10 + number)
-    await store.registry.login(PUMP, "kid-1", "jti-9", 13, 1000)
+        await log_in(store, f"jti-{number}", number, kid="kid-1", life=10)
+    await log_in(store, "jti-9", 13, kid="kid-1")
     assert [row[0] for row in rows(url, "SELECT first_use FROM logins ORDER BY first_use")] == [3, 4, 13]
 
 
 async def test_a_login_is_seen_by_the_deletion_that_follows_it_or_refused(store: Store) -> None:
     await enrolled(store)
     at = now()
-    logins = [
-        asyncio.create_task(store.registry.login(PUMP, "kid-1", f"jti-{n}", at + n, at + SECOND)) for n in range(20)
-    ]
+    asked = [asyncio.create_task(log_in(store, f"jti-{n}", at + n, kid="kid-1")) for n in range(20)]
     await asyncio.sleep(0.002)
     await store.registry.delete_device(PUMP, None, now())
     seen = await store.registry.last_login(PUMP)
-    allowed = [login.first_use for login in await asyncio.gather(*logins) if login is not None]
+    allowed = [at + n for n, answer in enumerate(await asyncio.gather(*asked)) if answer.refusal is None]
     assert seen == (max(allowed) if allowed else None)
 
 

@@ -13,7 +13,19 @@ from fabric.identity.revocation_log import LogRefused, RevocationLog
 from fabric.model import DeviceKey, IssuedToken
 from fabric.sql import Store, accept_revocation_log, open_store
 from tests.harness.postgres import PostgresCluster
-from tests.integration.sql.values import SECOND, accept, all_events, code, draft, execute, new_device, now, rows, stored
+from tests.integration.sql.values import (
+    SECOND,
+    accept,
+    all_events,
+    code,
+    draft,
+    execute,
+    log_in,
+    new_device,
+    now,
+    rows,
+    stored,
+)
 from topology.names import DeviceId
 
 Backup = Callable[[], str]
@@ -75,8 +87,7 @@ async def token(store: Store, jti: str, subject: str, parent: str | None = None)
 
 async def may_log_in(store: Store, name: str, kid: str) -> bool:
     """As the login decides it."""
-    login = await store.registry.login(id(name), kid, "jti", now(), now() + SECOND)
-    return login is not None and login.device.enabled and login.key is not None
+    return (await log_in(store, "jti", now(), id(name), kid)).refusal is None
 
 
 async def holds(store: Store, jti: str) -> bool:

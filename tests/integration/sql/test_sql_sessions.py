@@ -6,6 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from fabric.identity.admission import Admission, Attempt, use_of
 from fabric.identity.meters import Limits, Meter
 from fabric.presence import Closed, Lost, Opened, Session
 from fabric.sql import Store, open_store, schema
@@ -36,10 +37,9 @@ async def told(store: Store, device: DeviceId = PUMP) -> list[str]:
     return [kind for kind, of in await all_events(store.ledger) if of == device and kind != "device.created"]
 
 
-async def log_in(store: Store, jti: str, at: int, device: DeviceId = PUMP) -> Any:
-    """As the broker's first question about a token does."""
-    await store.registry.login(device, device, jti, at, at + 120 * SECOND)
-    return await store.sessions.admit(device, jti, at, LIMITS)
+async def log_in(store: Store, jti: str, at: int, device: DeviceId = PUMP) -> Admission:
+    """As a question of the broker about a token does, signed with the key that `add_key` made."""
+    return await store.sessions.admit(Attempt(device, device, use_of(jti), at + 120 * SECOND, at), LIMITS)
 
 
 async def add_key(store: Store, device: DeviceId = PUMP) -> None:
@@ -75,7 +75,7 @@ async def test_what_concerns_no_device_is_dropped(store: Store, url: str) -> Non
     assert rows(url, sa.select(schema.sessions)) == []
     assert not await store.sessions.took_over(stranger.device, now(), LIMITS)
     assert await store.sessions.throttle(stranger.device, Meter.REPORTS, now()) is None
-    assert (await store.sessions.admit(stranger.device, "a", now(), LIMITS)).refusal == "the device is gone"
+    assert (await log_in(store, "a", now(), stranger.device)).refusal == "the device or its key is gone"
 
 
 async def test_sessions_go_with_their_device_and_are_forgotten_in_time(store: Store, url: str) -> None:
@@ -150,8 +150,7 @@ async def test_three_takeovers_make_a_contest_that_every_gateway_knows(store: St
         assert [it.epoch for it in await store.sessions.live("cell-1")] == [newest.epoch], "what was replaced is over"
     other = await open_store(url)
     try:
-        await other.registry.login(PUMP, PUMP, "b", at + 4, at + SECOND)
-        answer = await other.sessions.admit(PUMP, "b", at + 4, LIMITS)
+        answer = await log_in(other, "b", at + 4)
     finally:
         await other.close()
     assert answer.refusal == "contested for 60 s more"

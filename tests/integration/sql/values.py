@@ -8,9 +8,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from fabric.command import Answered, Command, Entry, Micros, State
+from fabric.identity.admission import Admission, Attempt, use_of
+from fabric.identity.meters import Limits
 from fabric.model import Accept, Accepted, Change, Changed, Device, EnrollmentCode, Result
 from fabric.ports import Ledger, Registry
-from fabric.sql import schema
+from fabric.sql import Store, schema
 from fabric.sql.engine import create_engine
 from topology.names import CommandId, DeviceId
 
@@ -18,6 +20,7 @@ SECOND: Micros = 1_000_000
 PUMP = DeviceId("pump-17")
 AGENT = "agent-0001"
 ROOMY = 1_000_000  # a backlog that is no matter
+MANY_LOGINS = Limits(logins=100)
 SUCCEEDED = Answered(AGENT, State.SUCCEEDED, None, "application/json", b"{}")
 
 
@@ -59,6 +62,19 @@ def code(device: DeviceId = PUMP, code_hash: str | None = None, expires_in: Micr
 
 async def add_device(registry: Registry, id: DeviceId = PUMP) -> Device:
     return await registry.create_device(new_device(id), code(id))
+
+
+async def log_in(
+    store: Store,
+    jti: str,
+    at: Micros,
+    device: DeviceId = PUMP,
+    kid: str = "a",
+    life: Micros = 120 * SECOND,
+    limits: Limits = MANY_LOGINS,
+) -> Admission:
+    """As a question of the broker about a token does."""
+    return await store.sessions.admit(Attempt(device, kid, use_of(jti), at + life, at), limits)
 
 
 async def accept(ledger: Ledger, command: Command | None = None) -> Command:
