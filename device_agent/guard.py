@@ -15,6 +15,8 @@ from pika.adapters.asyncio_connection import AsyncioConnection
 from device_agent import errors
 from topology import guard
 
+GATHERED = 64 * 1024  # bytes of frames that are held back to be written together
+
 _FRAME_HEADER = struct.Struct(">BHI")  # type, channel, payload size
 _CONTENT = struct.Struct(">HHQ")  # class, weight, body size
 
@@ -29,11 +31,12 @@ class GuardedConnection(AsyncioConnection):  # type: ignore[misc]  # pika's clas
     def _read_frame(self) -> tuple[int, object]:
         return decode(self._frame_buffer, frame.decode_frame)
 
-    _gathered: list[bytes] | None = None  # frames that wait for the end of `together`
+    _gathered: list[bytes] | None = None  # frames that wait for the end of `together`, or for many bytes of them
+    _size = 0  # bytes
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is sent within leaves in one write, in its order: one TLS record, one system call."""
+        """What is sent within leaves in few writes, in its order: one TLS record, one system call."""
         if self._gathered is not None:
             yield
             return
@@ -42,15 +45,23 @@ class GuardedConnection(AsyncioConnection):  # type: ignore[misc]  # pika's clas
             yield
         finally:
             gathered, self._gathered = self._gathered, None
-            if gathered:
-                self._output_marshaled_frames(gathered)
+            self._write(gathered)
 
     def _output_marshaled_frames(self, marshaled_frames: list[bytes]) -> None:
-        if self._gathered is not None:
-            self._gathered += marshaled_frames
+        if self._gathered is None:
+            self._write(marshaled_frames)
             return
-        # One write for method, header and body: one TLS record instead of three.
-        super()._output_marshaled_frames([b"".join(marshaled_frames)])
+        self._gathered += marshaled_frames
+        self._size += sum(map(len, marshaled_frames))
+        if self._size >= GATHERED:
+            gathered, self._gathered = self._gathered, []
+            self._write(gathered)
+
+    def _write(self, marshaled_frames: list[bytes]) -> None:
+        """Method, header and body, of one message or of many, in one TLS record instead of three."""
+        self._size = 0
+        if marshaled_frames:
+            super()._output_marshaled_frames([b"".join(marshaled_frames)])
 
 
 def decode(buffer: bytes, decoder: Callable[[bytes], tuple[int, object]]) -> tuple[int, object]:

@@ -33,12 +33,14 @@ class Telemetry:
         self._link = link
         self._device = device
         self._lock = threading.Lock()
+        self._offered: deque[_Queued] = deque()  # until the I/O thread takes them up, all at once
         self._waiting: deque[_Queued] = deque()
         self._in_flight: dict[str, _Queued] = {}
         self._bytes = 0
         self._count = 0
         self._nacks = 0
         self._retry_pending = False
+        self._pump_pending = False
 
     @property
     def idle(self) -> bool:
@@ -61,22 +63,35 @@ class Telemetry:
                 )
             self._count += 1
             self._bytes += len(body)
-        self._link.call(self._enqueue, queued)
+            self._offered.append(queued)
+            first = len(self._offered) == 1
+        if first:  # whoever comes before it is taken up needs no call of its own
+            self._link.call(self._take_up)
         return queued.confirmed
 
     def pump(self) -> None:
-        """Send what fits. On the I/O thread, like everything below."""
-        while self._waiting and len(self._in_flight) < WINDOW and not self._retry_pending:
-            queued = self._waiting[0]
-            if not self._publish(queued):
-                if self._link.up:
-                    self._retry()
-                return
-            self._waiting.popleft()
+        """Send what fits, in one write. On the I/O thread, like everything below."""
+        self._pump_pending = False
+        with self._link.together():
+            while self._waiting and len(self._in_flight) < WINDOW and not self._retry_pending:
+                queued = self._waiting[0]
+                if not self._publish(queued):
+                    if self._link.up:
+                        self._retry()
+                    return
+                self._waiting.popleft()
 
-    def _enqueue(self, queued: _Queued) -> None:
-        self._waiting.append(queued)
+    def _take_up(self) -> None:
+        with self._lock:
+            self._waiting += self._offered
+            self._offered.clear()
         self.pump()
+
+    def _pump_soon(self) -> None:
+        """Once for all that is confirmed in this turn of the loop."""
+        if not self._pump_pending:
+            self._pump_pending = True
+            self._link.soon(self.pump)
 
     def _publish(self, queued: _Queued) -> bool:
         message = wire.encode_reading(queued.reading, self._device)
@@ -93,7 +108,7 @@ class Telemetry:
                 self._count -= 1
                 self._bytes -= len(queued.reading.body)
             queued.confirmed.set_result(None)
-            self.pump()
+            self._pump_soon()
         else:
             # Those behind it may have been confirmed: order is kept among what is still to be sent, no more.
             self._waiting.appendleft(queued)

@@ -122,3 +122,9 @@ def test_what_is_sent_together_leaves_in_one_write_in_its_order() -> None:
         raise ZeroDivisionError
     connection._output_marshaled_frames([b"c"])
     assert written == [b"ab", b"ackreceipt header", b"sent", b"c"]
+    # Many large ones are not copied into one.
+    large = bytes(guard.GATHERED // 2)
+    with connection.together():
+        for _ in range(5):
+            connection._output_marshaled_frames([large])
+    assert list(map(len, written[4:])) == [guard.GATHERED, guard.GATHERED, len(large)]

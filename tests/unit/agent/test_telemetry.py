@@ -1,8 +1,9 @@
 """Readings: the bounded buffer, the values, the `system` channel, and the local socket they may come through."""
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,27 @@ class FakeLoop:
     def __init__(self) -> None:
         self.up = True
         self.sent: list[tuple[str, wire.Message, Callable[[bool], None]]] = []
+        self.writes = 0
+        self.held: list[Callable[[], None]] | None = None  # what waits for the loop's next turn; None: nothing does
 
-    def call(self, function: Callable[..., None], *arguments: object) -> None:
-        function(*arguments)
+    def call(self, function: Callable[[], None]) -> None:
+        if self.held is None:
+            function()
+        else:
+            self.held.append(function)
+
+    soon = call
+
+    def turn(self) -> None:
+        held, self.held = self.held or [], None
+        for function in held:
+            function()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        before = len(self.sent)
+        yield
+        self.writes += len(self.sent) > before
 
     def later(self, delay: float, function: Callable[..., None], *arguments: object) -> None:
         return
@@ -64,6 +83,26 @@ def test_what_waits_is_bounded_and_the_error_is_clear(buffer: telemetry.Telemetr
     for _, _, done in loop.sent:
         done(True)
     assert buffer.offer("door", b"1", wire.JSON, 7)
+
+
+def test_what_is_offered_or_confirmed_in_one_turn_leaves_in_one_write(
+    buffer: telemetry.Telemetry, loop: FakeLoop
+) -> None:
+    loop.held = []
+    for number in range(telemetry.MAX_READINGS):
+        buffer.offer("door", str(number).encode(), wire.JSON, 7)
+    assert len(loop.held) == 1, "the first one calls"
+    loop.turn()
+    assert (len(loop.sent), loop.writes) == (telemetry.WINDOW, 1)
+    loop.held = []
+    for _, _, done in loop.sent[:50]:
+        done(True)
+    loop.turn()
+    assert (len(loop.sent), loop.writes) == (telemetry.WINDOW + 50, 2)
+    for number in range(50, telemetry.MAX_READINGS):
+        loop.sent[number][2](True)
+    assert buffer.idle
+    assert [message.body for _, message, _ in loop.sent] == [str(n).encode() for n in range(telemetry.MAX_READINGS)]
 
 
 def test_bytes_are_bounded_too(buffer: telemetry.Telemetry, loop: FakeLoop) -> None:
