@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import sqlalchemy as sa
-from alembic import command
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from fabric.audit import Action, Deed, acting
@@ -20,14 +19,22 @@ from fabric.errors import FabricError
 from fabric.sql import audit, schema
 from fabric.sql.engine import first_line
 from fabric.sql.log import SEQUENCER
-from fabric.sql.migrate import check_current, check_known, config_of, connected, database_time, lock, revision_of
+from fabric.sql.migrate import (
+    VERSION_TABLE,
+    check_current,
+    check_known,
+    connected,
+    database_time,
+    lock,
+    revision_of,
+    upgrade,
+)
 
 LONGEST: Final = 8 * 1024 * 1024  # bytes of a line; a row has two bodies of 256 KiB at most, and an event
 
 _BATCH = 200  # rows that are read or written at once
 _BATCH_BYTES = 4 * 1024 * 1024  # of lines that are written at once
 _FOREIGN: Final = ("devices", "generations", "commands", "tokens")  # what makes a database one that is in use
-_VERSION_TABLE: Final = "alembic_version"
 
 Columns = tuple[str, ...]
 Progress = Callable[[str, int], None]
@@ -100,15 +107,14 @@ def load(
     with connected(url) as connection, connection.begin():
         lock(connection)
         _make_room(connection, replace=replace)
-        config = config_of(connection)
-        command.upgrade(config, revision)
+        upgrade(connection, revision)
         try:
             _fill(connection, tables, lines, progress)
         except (ValueError, TypeError, RecursionError, OverflowError, SQLAlchemyError) as error:
             if isinstance(error, DBAPIError) and error.connection_invalidated:
                 raise
             raise RestoreRefused(f"The backup's rows don't fit its schema ({revision}): {first_line(error)}") from error
-        command.upgrade(config, "head")
+        upgrade(connection)
         _begin_anew(connection)
         deed = Deed(Action.BACKUP_RESTORED, detail={"schema": revision})
         audit.record(connection, acting(), deed, database_time(connection))
@@ -116,7 +122,7 @@ def load(
 
 def _make_room(connection: sa.Connection, *, replace: bool) -> None:
     """An empty schema; refuses to throw away what is not to be replaced, or what somebody works with."""
-    there = set(sa.inspect(connection).get_table_names()) & {*schema.metadata.tables, _VERSION_TABLE}
+    there = set(sa.inspect(connection).get_table_names()) & {*schema.metadata.tables, VERSION_TABLE}
     if not there:
         return
     found = revision_of(connection)
@@ -149,7 +155,7 @@ def _fill(
 ) -> None:
     made = sa.MetaData()
     made.reflect(connection)
-    ours = {table.name: table for table in made.sorted_tables if table.name != _VERSION_TABLE}
+    ours = {table.name: table for table in made.sorted_tables if table.name != VERSION_TABLE}
     expected = {name: sorted(table.columns.keys()) for name, table in ours.items()}
     if expected != {name: sorted(columns) for name, columns in tables.items()}:
         raise ValueError("other tables or columns")

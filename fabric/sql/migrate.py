@@ -1,5 +1,8 @@
 """Bringing a database's schema up to date, and refusing to work with another one.
 
+Alembic is imported by whoever migrates. To know that there is nothing to do takes a look at the names of its scripts:
+`0007_gateways.py` is revision 0007.
+
 Any number of processes may migrate at once: one does, the others wait and find it done. A migration is one
 transaction on both databases.
 """
@@ -12,10 +15,6 @@ from pathlib import Path
 from typing import Final
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.exc import DBAPIError
 
 from fabric.audit import Action, Deed, acting
@@ -26,7 +25,10 @@ from fabric.sql.engine import CLOCK, Trouble, create_engine, refused, trouble
 from fabric.sql.log import SEQUENCER
 from fabric.sql.revocations import MARK
 
+VERSION_TABLE: Final = "alembic_version"
+
 _SCRIPTS = Path(__file__).parent / "migrations"
+_REVISION: Final = sa.select(sa.column("version_num", sa.Text())).select_from(sa.table(VERSION_TABLE))
 _LOCK: Final = 0x72657374616E7465  # "restante": PostgreSQL's advisory lock
 
 
@@ -46,7 +48,7 @@ def migrate(url: str) -> None:
     with connected(url) as connection, connection.begin():
         lock(connection)
         before = revision_of(connection)
-        command.upgrade(config_of(connection), "head")
+        upgrade(connection)
         if (after := revision_of(connection)) != before:
             deed = Deed(Action.SCHEMA_MIGRATED, detail={"from": before, "to": after})
             audit.record(connection, acting(), deed, database_time(connection))
@@ -90,19 +92,23 @@ def check_current(url: str) -> None:
     if found is None:
         raise SchemaOutdated("The database has no Restante schema yet. Run `restante migrate`.")
     check_known(found, "database")
-    wanted = ScriptDirectory(str(_SCRIPTS)).get_current_head()
+    wanted = revisions()[-1]
     if found != wanted:
         raise SchemaOutdated(f"The database's schema is at {found} and must be at {wanted}. Run `restante migrate`.")
 
 
 def check_known(revision: str, whose: str) -> None:
     """Raise `SchemaOutdated` when a schema's revision is of a newer version than this one."""
-    scripts = ScriptDirectory(str(_SCRIPTS))
-    if revision not in {script.revision for script in scripts.walk_revisions()}:
+    known = revisions()
+    if revision not in known:
         raise SchemaOutdated(
-            f"The {whose}'s schema ({revision}) is of a newer version than this one ({scripts.get_current_head()}). "
-            "Upgrade Restante."
+            f"The {whose}'s schema ({revision}) is of a newer version than this one ({known[-1]}). Upgrade Restante."
         )
+
+
+def revisions() -> list[str]:
+    """All that this version knows, the newest last."""
+    return sorted(script.name[:4] for script in (_SCRIPTS / "versions").glob("[0-9]*.py"))
 
 
 def lock(connection: sa.Connection) -> None:
@@ -115,7 +121,10 @@ def lock(connection: sa.Connection) -> None:
 
 
 def revision_of(connection: sa.Connection) -> str | None:
-    return MigrationContext.configure(connection).get_current_revision()
+    if not sa.inspect(connection).has_table(VERSION_TABLE):
+        return None
+    found: str | None = connection.execute(_REVISION).scalar_one_or_none()
+    return found
 
 
 def database_time(connection: sa.Connection) -> Micros:
@@ -139,8 +148,12 @@ def connected(url: str) -> Iterator[sa.Connection]:
         engine.dispose()
 
 
-def config_of(connection: sa.Connection) -> Config:
+def upgrade(connection: sa.Connection, revision: str = "head") -> None:
+    """Run the migrations up to a revision, in the transaction that `lock` began."""
+    from alembic import command
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
     config.attributes["connection"] = connection
-    return config
+    command.upgrade(config, revision)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
 
 from api.operator import backup
 from api.operator.archive import BackupFailed, Reader, Writer
@@ -18,7 +17,7 @@ from api.settings import Settings
 from fabric.errors import FabricError
 from fabric.model import IssuedToken
 from fabric.sql import Store, dump, open_store, schema
-from fabric.sql.migrate import SchemaOutdated, config_of, connected, lock, revision_of
+from fabric.sql.migrate import SchemaOutdated, connected, lock, revision_of, upgrade
 from tests.integration.sql.values import (
     PUMP,
     SUCCEEDED,
@@ -205,7 +204,7 @@ async def test_an_older_backup_is_brought_up_to_date(empty_url: str, tmp_path: P
     tables = {}
     with connected(old) as connection, connection.begin():
         lock(connection)
-        command.upgrade(config_of(connection), "0006")
+        upgrade(connection, "0006")
         found = sa.MetaData()
         found.reflect(connection)
         for table in found.sorted_tables:

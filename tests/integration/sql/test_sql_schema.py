@@ -4,18 +4,21 @@ import asyncio
 import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from fabric.command import State
 from fabric.errors import Invalid, LedgerUnavailable
 from fabric.sql import SchemaOutdated, check_current, migrate, open_store, schema
 from fabric.sql.engine import create_engine
-from fabric.sql.migrate import renew_incarnation
+from fabric.sql.migrate import renew_incarnation, revisions
 from tests.harness.postgres import PostgresCluster
 from tests.integration.sql.values import add_device, execute, rows
 
@@ -79,6 +82,17 @@ async def test_processes_that_migrate_at_once_agree(empty_url: str) -> None:
     check_current(empty_url)
     assert rows(empty_url, "SELECT count(*) FROM meta")[0][0] == 1
     assert rows(empty_url, "SELECT count(*) FROM leases")[0][0] == 1
+
+
+def test_the_names_of_the_scripts_tell_what_alembic_would() -> None:
+    known = ScriptDirectory(str(Path(schema.__file__).parent / "migrations"))
+    assert revisions() == [script.revision for script in known.walk_revisions()][::-1]
+
+
+def test_a_process_that_finds_nothing_to_migrate_does_without_alembic(empty_url: str) -> None:
+    migrate(empty_url)
+    look = "import sys; from fabric import sql; sql.check_current(sys.argv[1]); print('alembic' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", look, empty_url], text=True) == "False\n"
 
 
 async def test_another_schema_is_refused_with_advice(empty_url: str) -> None:
