@@ -71,7 +71,7 @@ class Connection:
 
     __slots__ = (
         "_address", "_body", "_context", "_credentials", "_delivery", "_gathered", "_header", "_host", "_left",
-        "_loop", "_over", "_owner", "_rest", "_socket", "_vhost", "heard_at", "said_at",
+        "_loop", "_over", "_owner", "_rest", "_socket", "_vhost", "heard_at", "reached", "said_at",
     )  # fmt: skip
 
     def __init__(
@@ -95,6 +95,7 @@ class Connection:
         self._header: header.ContentHeader | None = None
         self._body: list[bytes] = []
         self._over = False
+        self.reached = False  # has the port taken the connection?
         self.heard_at = self.said_at = self._loop.time()
 
     async def dial(self) -> None:
@@ -105,6 +106,7 @@ class Connection:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await self._loop.sock_connect(plain, self._address)
+                self.reached = True
                 made = self._context.wrap_socket(plain, server_hostname=self._host, do_handshake_on_connect=False)
                 self._socket = made
                 await self._shake_hands(made)

@@ -32,7 +32,7 @@ from bench.devices import Counts, Fleet, Load
 from bench.enrolled import Enrolled
 from bench.results import Bar, Comparison, Curve, Result, Series, Table
 from bench.run import Budget, Options, databases, say, stack_of_its_own
-from device_agent.link import MAX_BACKOFF
+from device_agent import backoff
 
 BACK = Bar("all devices back after a broker restart", 1.5, at_most=True)
 BARS = (BACK,)
@@ -204,7 +204,7 @@ class _Port:
 def _result(options: Options, found: _Found) -> Result:
     rate = statistics.fmean(turn.rate for turn in found.floors)
     count = found.back.count + found.missing
-    enough = count / rate >= MAX_BACKOFF
+    enough = count / rate >= backoff.LONGEST
     turns = {
         "bare, before": found.floors[0],
         "bare, after": found.floors[1],
@@ -218,7 +218,9 @@ def _result(options: Options, found: _Found) -> Result:
         f"The broker was killed, and took connections again after {found.down:.1f} s, all mailboxes recovered.",
         f"The devices made {found.counts.connects} attempts in all; {found.counts.refused} logins were refused.",
         f"As many as there was time for: {MOST[options.quick]} were wanted." if count < MOST[options.quick] else "",
-        "" if enough else f"Few devices: the agents' waits, {MAX_BACKOFF:.0f} s at most, are longer than the floor.",
+        ""
+        if enough
+        else f"Few devices: the agents' waits, {backoff.LONGEST:.0f} s at most, are longer than the floor.",
         f"NOT all came back in the time there was: {found.missing} were missing." if found.missing else "",
     ]
     rows: list[tuple[str | float, ...]] = [

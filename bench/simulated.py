@@ -18,6 +18,7 @@ from pamqp import base, commands
 from bench.connection import Closed, Connection
 from bench.journal import MemoryJournal
 from device_agent import errors, link, log, tls
+from device_agent.backoff import Backoff
 from device_agent.clock import FabricClock, wall_ms
 from device_agent.context import Context
 from device_agent.greeting import Greeter
@@ -96,7 +97,8 @@ class LeanLink(Link):
         self._unconfirmed: dict[int, Callable[[bool], None]] = {}
         self._writable = self._serving = self._consuming = False
         self._since = 0.0
-        self._failures = 0
+        self._backoff = Backoff()
+        self._dialled_at = 0.0
         self._stopping = False
         self._timer: asyncio.TimerHandle | None = None
         self._prefetch = 0
@@ -224,7 +226,7 @@ class LeanLink(Link):
             self._listener.mail(Mail(tag, self._epoch, redelivered, message))
 
     def lost(self, error: Exception) -> None:
-        was_up = self._writable
+        was_up, reached = self._writable, self._lean is not None and self._lean.reached
         self._lean, self._writable, self._consuming = None, False, False
         self._not_serving()
         self._give_back()
@@ -234,7 +236,7 @@ class LeanLink(Link):
             tally.lost += not self._stopping
             self._listener.link_down()
             if self._around.loop.time() - self._since >= link.STABLE_AFTER:
-                self._failures = 0
+                self._backoff.served()
         if self._stopping:
             if self._timer is not None:
                 self._timer.cancel()
@@ -243,8 +245,8 @@ class LeanLink(Link):
         tally.refused += isinstance(error, Closed) and error.code == 403
         self.last_error = tls.translate(error, self.identity.peering.amqps_host, self.identity.peering.amqps_port)
         log.debug("link.down", because=str(self.last_error))
-        delay = link.backoff(self._failures, random.random())  # noqa: S311 - jitter
-        self._failures += 1
+        took = self._around.loop.time() - self._dialled_at if reached and not was_up else None
+        delay = self._backoff.wait(took, random.random())  # noqa: S311 - jitter
         self._timer = self.later(delay, self._connect)
 
     def _connect(self) -> None:
@@ -257,6 +259,7 @@ class LeanLink(Link):
     async def _dial(self) -> None:
         peering, now = self.identity.peering, self._times.now()
         self._epoch += 1
+        self._dialled_at = self._around.loop.time()
         self._around.tally.connects += 1
         try:
             address = await self._around.address(peering.amqps_host, peering.amqps_port)

@@ -16,16 +16,16 @@ from typing import Any, Protocol
 
 import pika
 from pika import exceptions, spec
+from pika.adapters.utils.connection_workflow import AMQPConnectorSocketConnectError
 
 from device_agent import errors, log, tls
+from device_agent.backoff import Backoff
 from device_agent.guard import GuardedConnection
 from device_agent.identity import Identity
 from device_agent.timekeeping import Asker, Times
 from topology import names, wire
 
 MAX_UNCONFIRMED = 500  # publishes in flight; beyond, `publish` says no
-MAX_BACKOFF = 30.0  # seconds
-FIRST_BACKOFF = 0.5  # seconds: the bound of the first delay, doubled with each failure in a row
 STABLE_AFTER = 1.0  # seconds a connection must have served before a loss counts as the first again
 HEARTBEAT = 30  # seconds
 SOCKET_TIMEOUT = 10.0  # seconds to connect
@@ -90,7 +90,8 @@ class Link:
         self._next_tag = 1
         self._unconfirmed: dict[int, Callable[[bool], None]] = {}
         self._up_since: float | None = None
-        self._failures = 0
+        self._backoff = Backoff()
+        self._dialled_at = 0.0
         self._stopping = False
         self._stopped = threading.Event()
         self.last_error: errors.AgentError | None = None
@@ -210,6 +211,7 @@ class Link:
             client_properties={"product": "restante-agent", "version": wire.VERSION},
         )
         self._epoch += 1
+        self._dialled_at = time.monotonic()
         epoch = self._epoch
         self._connection = GuardedConnection(
             parameters,
@@ -321,23 +323,19 @@ class Link:
         if was_up is not None:
             self._listener.link_down()
             if time.monotonic() - was_up >= STABLE_AFTER:
-                self._failures = 0
+                self._backoff.served()
         if self._stopping:
             self._loop.stop()
             return
         peering = self._identity.peering
         self.last_error = _translate(error, peering.amqps_host, peering.amqps_port)
         self._asker.consider(self.last_error, self._authority)
-        delay = backoff(self._failures, random.random())  # noqa: S311 - jitter
-        level = logging.WARNING if was_up is not None or self._failures == 0 else logging.DEBUG
+        level = logging.WARNING if was_up is not None or self._backoff.failures == 0 else logging.DEBUG
+        reached = was_up is None and not any(isinstance(it, AMQPConnectorSocketConnectError) for it in _layers(error))
+        took = time.monotonic() - self._dialled_at if reached else None
+        delay = self._backoff.wait(took, random.random())  # noqa: S311 - jitter
         log.event(level, "link.down", code=self.last_error.code, because=str(self.last_error), retry_in=delay)
-        self._failures += 1
         self._loop.call_later(delay, self._connect)
-
-
-def backoff(failures: int, random_part: float) -> float:
-    """Seconds to wait after so many failures in a row: exponential with full jitter; the first is quick."""
-    return random_part * min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures, 16))
 
 
 def to_properties(message: wire.Message) -> Any:
@@ -374,7 +372,7 @@ def _ignore(_: bool) -> None:
 
 def _translate(error: BaseException, host: str, port: int) -> errors.AgentError:
     """What happened lies under several layers of pika's; the innermost telling one is found and put in words."""
-    found = list(_layers(error, 0))
+    found = list(_layers(error))
     for one in found:
         if isinstance(one, OSError):  # ssl's errors are among them
             return tls.translate(one, host, port)
@@ -390,7 +388,7 @@ def _translate(error: BaseException, host: str, port: int) -> errors.AgentError:
     return errors.Unreachable(f"the connection to {host}:{port} was lost ({type(found[-1]).__name__}: {found[-1]})")
 
 
-def _layers(error: BaseException, depth: int) -> Iterator[BaseException]:
+def _layers(error: BaseException, depth: int = 0) -> Iterator[BaseException]:
     yield error
     if depth < 6:
         inner = [*getattr(error, "exceptions", ()), getattr(error, "exception", None), *error.args, error.__cause__]

@@ -7,25 +7,16 @@ from typing import Any, ClassVar
 
 import pika
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pika import exceptions, spec
 from tls_server import Gateway, closed_port, credentials
 
 from api.operator.authority import Credential
-from device_agent import errors, identity, link, pins
+from device_agent import backoff, errors, identity, link, pins
 from device_agent.clock import FabricClock
 from device_agent.link import Link, Mail, from_properties, to_properties
 from device_agent.timekeeping import Times
 from fabric import signing
 from topology import names, wire
-
-
-@given(st.integers(0, 10_000), st.floats(0, 1))
-def test_backoff_is_bounded_and_the_first_is_quick(failures: int, part: float) -> None:
-    delay = link.backoff(failures, part)
-    assert 0 <= delay <= link.MAX_BACKOFF
-    assert link.backoff(0, part) <= link.FIRST_BACKOFF
 
 
 def test_messages_keep_everything_through_pika() -> None:
@@ -244,7 +235,7 @@ def test_mail_that_waited_too_long_for_the_broker_comes_again_on_a_new_connectio
     assert ear.heard == ["up", "down"]
     assert confirms == [False]
     ((delay, connect),) = later
-    assert delay <= link.FIRST_BACKOFF
+    assert delay <= backoff.FIRST
     connect()
     second = comes_up()
     assert ear.heard == ["up", "down", "up"]
