@@ -71,7 +71,7 @@ class Connection:
 
     __slots__ = (
         "_address", "_body", "_context", "_credentials", "_delivery", "_gathered", "_header", "_host", "_left",
-        "_loop", "_over", "_owner", "_rest", "_socket", "_vhost", "heard_at", "reached", "said_at",
+        "_loop", "_open", "_over", "_owner", "_rest", "_socket", "_vhost", "heard_at", "reached", "said_at",
     )  # fmt: skip
 
     def __init__(
@@ -94,7 +94,7 @@ class Connection:
         self._delivery: tuple[int, int, bool] | None = None
         self._header: header.ContentHeader | None = None
         self._body: list[bytes] = []
-        self._over = False
+        self._open = self._over = False
         self.reached = False  # has the port taken the connection?
         self.heard_at = self.said_at = self._loop.time()
 
@@ -151,7 +151,7 @@ class Connection:
 
     def beat(self, now: float) -> None:
         """To be called every second or so: sends a heartbeat when one is due, ends a connection that is silent."""
-        if self._socket is None or self._over:
+        if not self._open or self._over:
             return
         if now - self.heard_at > 2 * HEARTBEAT:
             self._lose(Closed(0, "the broker's heartbeats are missing"))
@@ -274,6 +274,7 @@ class Connection:
                 tuned = commands.Connection.TuneOk(min(CHANNELS, method.channel_max), FRAME_MAX, HEARTBEAT)
                 self.send(0, tuned, commands.Connection.Open(self._vhost))
             case commands.Connection.OpenOk():
+                self._open = True
                 self._owner.opened()
             case commands.Connection.Close():
                 self.send(0, commands.Connection.CloseOk())

@@ -28,6 +28,7 @@ _INSIDE: Final = frozenset({"amqp", "clustering", "http", "http/prometheus"})
 _TIMEOUT = 5.0  # seconds for a request
 _BACKLOG = 10_000  # reports
 _VHOST = quote(names.VHOST, safe="")
+_TOLD_WITHIN: Final = 15  # seconds: a node tells so much about itself with its statistics, every 10 s
 _NONSENSE: Final = {
     "username": "nobody.at-all",
     "password": "nonsense",
@@ -61,8 +62,7 @@ async def offers(settings: Settings) -> str:
     except doors.DoorOpen as error:
         raise Problem(f"{error}; see deploy/rabbitmq") from None
     async with _management(settings) as get:
-        overview, nodes = await get("/overview"), await get("/nodes")
-    plugins = {plugin for node in nodes for plugin in node["enabled_plugins"]}
+        overview, plugins = await get("/overview"), await _plugins(get)
     if more := plugins - PLUGINS:
         raise Problem(f"it has the plugins {', '.join(sorted(more))}; disable what is not needed")
     for listener in overview["listeners"]:
@@ -149,6 +149,16 @@ async def auth(settings: Settings) -> str:
             if answer.status_code != httpx.codes.OK or answer.content != b"deny":
                 raise Problem(f"{base}/{what} answers nonsense with {answer.content[:40]!r} and must say deny")
     return "denies nonsense"
+
+
+async def _plugins(get: "_Get") -> set[str]:
+    """Those of all nodes; a node that has just started has not told them yet."""
+    for _ in range(_TOLD_WITHIN):
+        nodes = await get("/nodes")
+        if all("enabled_plugins" in node for node in nodes):
+            return {plugin for node in nodes for plugin in node["enabled_plugins"]}
+        await asyncio.sleep(1.0)
+    raise Problem(f"it has not said within {_TOLD_WITHIN} s which plugins it has; look again")
 
 
 class _Get:

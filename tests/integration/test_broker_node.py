@@ -204,7 +204,10 @@ def test_a_service_account_is_no_administrator(node: BrokerNode) -> None:
 
 def test_plugins_are_exactly_ours(node: BrokerNode) -> None:
     asked = (broker_files.CONFIGURATION / "enabled_plugins").read_text().strip().strip("[].").split(",")
-    (described,) = as_admin(node, "nodes")
+    until = time.monotonic() + 30
+    while "enabled_plugins" not in (described := as_admin(node, "nodes")[0]):  # it comes with the first statistics
+        assert time.monotonic() < until
+        time.sleep(0.2)
     assert sorted(described["enabled_plugins"]) == sorted(asked)
 
 
