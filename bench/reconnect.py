@@ -9,8 +9,9 @@ TLS, one internal account whose password the broker checks itself, a channel, an
 64 at a time, so that they never wait and never crowd. As many devices at that rate would be back in the floor's time.
 
 An agent waits up to 30 s between two attempts once the broker has been away for as long, so with few devices their
-waits are what is seen. A quick run therefore holds the bar only if the floor alone takes longer; a full one always
-does. What changes least with the machine's load is the CPU time of a connect, all parts together.
+waits are what is seen; up to five minutes, if it finds the port too busy. A quick run therefore holds the bar only if
+the floor alone takes longer; a full one always does. What changes least with the machine's load is the CPU time of a
+connect, all parts together.
 """
 
 import asyncio

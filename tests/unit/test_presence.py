@@ -1,6 +1,7 @@
 """What sessions become of events that are late, repeated or lost, and presence of the sessions."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,10 @@ from fabric.identity.meters import SECOND, Limits, Meter, spend
 from fabric.presence import (
     AGE,
     LISTED_EVERY,
+    METERED,
     REPLACED_FOR,
     SETTLED_AFTER,
+    STATISTICS_EVERY,
     Change,
     Closed,
     Life,
@@ -201,3 +204,13 @@ def test_all_but_the_newest_are_surplus() -> None:
     third, other = session(3), session(1, DOOR)
     assert surplus([NEW, third, OLD, other]) == [OLD, NEW]
     assert surplus([]) == surplus([OLD, other]) == []
+
+
+# ---- What must agree ---------------------------------------------------------------------------------
+
+
+def test_the_broker_is_asked_as_often_as_it_is_told_to_count() -> None:
+    said = (Path(__file__).parents[2] / "deploy/rabbitmq/rabbitmq.conf").read_text()
+    assert f"\ncollect_statistics_interval = {STATISTICS_EVERY // 1000}\n" in said
+    rate = LIMITS.rates[Meter.TRAFFIC]
+    assert rate.burst * rate.period // rate.units == METERED == int(LISTED_EVERY * SECOND) + AGE
