@@ -1,34 +1,31 @@
 """`make bench`: what the fabric costs and how exact it is, each figure beside a floor or a peer from the same run.
 
-Measures run one after another, each in a process of its own. Progress is on standard error; each measure's table, and
-at the end the list of all bars, on standard output. Exits 1 if a bar is not met or a measure failed.
+Measures run one after another, each in a process and on a stack of its own; those of a quick run share both. Progress
+is on standard error; each measure's table, and at the end the list of all bars, on standard output. Exits 1 if a bar is
+not met or a measure failed.
 """
 
 import argparse
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench import documents, page, report
-from bench.documents import Run
+from bench.budgets import QUICK
+from bench.documents import Run, Taking
 from bench.measures import MEASURES
 from bench.one import DATABASE
-from bench.results import Result
 from bench.run import Options, say
 
 DEFAULT_JSON = Path(".local/bench.json")
-_QUICK = 160.0  # seconds for all of a quick run, so that it is under 3 minutes
-_LEAST = 0.4  # of its budget, below which a measure would find nothing
 _OVERDUE = 60.0  # seconds beyond twice its budget that a measure is given: a slow machine is no failure
-_LATE = 10.0  # seconds beyond the end of a quick run that its last measure is given
+_LATE = 10.0  # seconds beyond its end that a quick run is given
 _CLEANING = 45.0  # seconds that an overdue measure is given to stop what it started
 
 
@@ -53,13 +50,11 @@ def main() -> int:
     given = parser.parse_args()
 
     names = given.measure or [name for name, measure in MEASURES.items() if measure.BARS or not given.quick]
-    budgets = _Budgets(names, given.quick, given.budget)
-    runs = {}
-    for name in names:
-        if (budget := budgets.next(name)) is None:
-            say(f"{name}: not run: the others have taken its time")
-        else:
-            runs[name] = _run(name, Options(given.quick, budget, given.database), budgets.patience(budget))
+    if given.quick:
+        runs = _quick(names, given.database)
+    else:
+        budgets = {name: given.budget or MEASURES[name].BUDGET.full for name in names}
+        runs = {name: _run(name, Options(False, budget, given.database)) for name, budget in budgets.items()}
     documents.write(given.json, runs)
     say(f"all figures are in {given.json}")
     if given.write_docs:
@@ -74,53 +69,49 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-class _Budgets:
-    """Seconds for each measure. In a quick run, one that took longer leaves the others less."""
-
-    def __init__(self, names: Sequence[str], quick: bool, each: float | None) -> None:
-        own = {name: MEASURES[name].BUDGET for name in names}
-        self._own = {name: it.quick if quick else each or it.full for name, it in own.items()}
-        self._until = time.monotonic() + (_QUICK if quick else math.inf)
-
-    def next(self, name: str) -> float | None:
-        """None: there is not enough left."""
-        left = self._until - time.monotonic()
-        part = min(1.0, left / sum(self._own.values()))
-        own = self._own.pop(name)
-        return part * own if part >= _LEAST else None
-
-    def patience(self, budget: float) -> float:
-        """Seconds until a measure is overdue."""
-        return min(2 * budget + _OVERDUE, max(self._until - time.monotonic(), 0.0) + _LATE)
-
-
-def _run(name: str, options: Options, patience: float) -> Run:
+def _run(name: str, options: Options) -> Run:
+    """One measure, in a process of its own."""
     say(f"{name}: about {options.budget:.0f} s")
-    when, began, load = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), os.getloadavg()[0]
-    result, failure = _result(name, options, patience)
-    taken = time.monotonic() - began
+    taking = Taking(name, quick=False)
+    with _file() as file:
+        argv = ["bench.one", name, str(file), f"--budget={options.budget}"]
+        failure = _failure(argv, options.database, 2 * options.budget + _OVERDUE)
+        result = None if failure else documents.from_document(json.loads(file.read_text()))
+    run = taking.ended(result, failure)
     if result is None:
-        say(f"{name} FAILED after {taken:.0f} s: {failure}")
+        say(f"{name} FAILED after {run.seconds:.0f} s: {failure}")
     else:
-        say(f"{name}: took {taken:.0f} s")
+        say(f"{name}: took {run.seconds:.0f} s")
         report.show(result)
-    return Run(name, when, options.quick, round(taken, 1), (load, os.getloadavg()[0]), result, failure)
+    return run
 
 
-def _result(name: str, options: Options, patience: float) -> tuple[Result | None, str]:
-    """What it found; or None, and why."""
+def _quick(names: Sequence[str], database: str) -> dict[str, Run]:
+    """All of them in one process, on one stack."""
+    with _file() as file:
+        failure = _failure(["bench.quick", str(file), *names], database, QUICK + _LATE)
+        runs = documents.read(file)
+    if failure:
+        name = next((name for name in names if name not in runs), names[-1])
+        runs[name] = Taking(name, quick=True).ended(None, failure)
+    return runs
+
+
+@contextmanager
+def _file() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="restante-bench-") as directory:
-        file = Path(directory) / "result.json"
-        argv = [sys.executable, "-m", "bench.one", name, str(file), f"--budget={options.budget}"]
-        argv += ["--quick"] * options.quick
-        child = subprocess.Popen(argv, env={**os.environ, DATABASE: options.database})  # noqa: S603
-        try:
-            code = _ended(child, patience)
-        except subprocess.TimeoutExpired:
-            return None, f"it was overdue after {patience:.0f} s"
-        if code != 0:
-            return None, f"it exited {code}; what it said is above"
-        return documents.from_document(json.loads(file.read_text())), ""
+        yield Path(directory) / "result.json"
+
+
+def _failure(argv: Sequence[str], database: str, patience: float) -> str:
+    """Run one of our programs; why it failed, if it did."""
+    environment = {**os.environ, DATABASE: database}
+    child = subprocess.Popen([sys.executable, "-m", *argv], env=environment)  # noqa: S603 - our own program
+    try:
+        code = _ended(child, patience)
+    except subprocess.TimeoutExpired:
+        return f"it was overdue after {patience:.0f} s"
+    return f"it exited {code}; what it said is above" if code else ""
 
 
 def _ended(child: "subprocess.Popen[bytes]", within: float) -> int:

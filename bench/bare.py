@@ -5,49 +5,19 @@ it has one. So many dial at once and no more: what they reach is what the broker
 """
 
 import asyncio
-import secrets
 import ssl
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-import httpx
 from pamqp import base, commands
 
-from api.operator.stack import Stack
 from bench.connection import Connection
-from bench.peers import accounts
+from bench.peers.accounts import Account
 from bench.simulated import Tally
-from topology import access, names, wire
+from topology import names, wire
 
-ACCOUNT = "bench.bare"
 AT_ONCE = 64  # devices that dial at the same time
 AGAIN = 0.05  # seconds after a failure
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """An internal account of the broker, which may do everything."""
-
-    name: str
-    password: str
-
-
-@contextmanager
-def account(stack: Stack) -> Iterator[Account]:
-    """The account, for as long as it is needed: a node that finds one which isn't the fabric's does not start again.
-
-    Raises `httpx.HTTPError`.
-    """
-    assert stack.broker is not None
-    admin, made = stack.broker.password(access.ADMIN), Account(ACCOUNT, secrets.token_urlsafe(32))
-    accounts.make(stack.settings.management_url, admin, made.name, made.password)
-    try:
-        yield made
-    finally:
-        with httpx.Client(base_url=stack.settings.management_url, auth=(access.ADMIN, admin)) as http:
-            http.delete(f"/api/users/{made.name}").raise_for_status()
 
 
 class BareDevices:

@@ -23,7 +23,7 @@ from api.operator import wiring
 from api.operator.stack import Stack
 from bench.caller import Caller
 from bench.results import Bar, Comparison, Result, Series
-from bench.run import Budget, Options, databases, ledger_name, percentile, say, stack_of_its_own
+from bench.run import Budget, Options, databases, ledger_name, percentile, say, stack_on
 from bench.service import Tasks, commands
 from fabric import command as life
 from fabric.amqp.consumer import wake_consumer
@@ -41,7 +41,7 @@ from topology.names import CommandId, DeviceId
 P99 = Bar("`expired` is announced after its deadline, p99", 250.0, at_most=True, unit="ms")
 WRONG = Bar("deadlines announced twice, late by a minute, or as something else", 0.0, at_most=True, unit="")
 BARS = (P99, WRONG)
-BUDGET = Budget(quick=35.0, full=120.0)
+BUDGET = Budget(quick=16.0, full=120.0)
 
 EACH = layout.DEFAULT_BACKLOG  # commands per device: as many as may wait
 RATE = 10_000 / 60  # deadlines per second
@@ -54,10 +54,10 @@ _LONG = 3600.0  # seconds to live of the floor's commands
 
 
 def run(options: Options) -> Result:
-    devices = 20 if options.quick else 200
-    with databases(options) as given, stack_of_its_own(given.postgresql()) as (stack, _):
+    devices = 12 if options.quick else 200
+    with databases(options) as given, stack_on(options, given.postgresql()) as (stack, _):
         caller = Caller(stack)
-        ids = [DeviceId(f"bench-{number}") for number in range(devices + SPARE)]
+        ids = [DeviceId(f"deadlines-{number}") for number in range(devices + SPARE)]
         for id in ids:
             caller.create_device(id)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

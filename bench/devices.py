@@ -26,8 +26,9 @@ from typing import Any, Self
 
 import uvloop
 
-from bench.bare import Account, BareDevices
+from bench.bare import BareDevices
 from bench.enrolled import Enrolled, parse
+from bench.peers.accounts import Account
 from bench.simulated import Simulated, Surroundings, Tally
 from device_agent import errors, files
 from device_agent.journal import Journal, open_journal

@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,19 @@ class Run:
     load: tuple[float, float]
     result: Result | None = None
     failure: str = ""
+
+
+class Taking:
+    """A measure that is being taken."""
+
+    def __init__(self, measure: str, *, quick: bool) -> None:
+        self._measure, self._quick = measure, quick
+        self._when, self._load = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()[0]
+        self._began = time.monotonic()
+
+    def ended(self, result: Result | None, failure: str = "") -> Run:
+        seconds = round(time.monotonic() - self._began, 1)
+        return Run(self._measure, self._when, self._quick, seconds, (self._load, os.getloadavg()[0]), result, failure)
 
 
 def to_document(result: Result) -> Document:

@@ -4,17 +4,17 @@ Run as a module it is the device: it consumes over TLS, acks, and answers at `re
 """
 
 import json
-import secrets
 import ssl
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
 from api.operator.stack import Stack
 from bench.peers import accounts
-from topology import access, names
+from topology import names
 
 ACCOUNT = "bench.floor"
 QUEUE = "bench.mailbox"
@@ -24,9 +24,9 @@ class Floor:
     """The sending side, and the process of the receiving one."""
 
     def __init__(self, stack: Stack) -> None:
-        password = secrets.token_urlsafe(32)
         assert stack.broker is not None
-        accounts.make(stack.settings.management_url, stack.broker.password(access.ADMIN), ACCOUNT, password)
+        self._cleanup = ExitStack()
+        password = self._cleanup.enter_context(accounts.account(stack, ACCOUNT)).password
         place = {
             "host": "localhost",
             "port": stack.broker.amqps_port,
@@ -63,6 +63,7 @@ class Floor:
         self._device.terminate()
         self._device.wait(10)
         self._connection.close()
+        self._cleanup.close()
 
     def _answered(self, *_: object) -> None:
         self._answers += 1

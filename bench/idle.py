@@ -22,18 +22,18 @@ from bench.device import Agent
 from bench.devices import Fleet, Load
 from bench.processes import Usage
 from bench.results import Bar, Comparison, Curve, Result, Series, Table
-from bench.run import Budget, Options, databases, say, stack_of_its_own
+from bench.run import Budget, Options, databases, say, stack_on
 from topology.names import DeviceId
 
 GATEWAY = Bar("gateway memory for each further device", 2.0, at_most=True, unit="KB")
 BARS = (GATEWAY,)
-BUDGET = Budget(quick=40.0, full=240.0)
+BUDGET = Budget(quick=22.0, full=240.0)
 
 _QUICK, _FULL = (100, 1_000), (100, 1_000, 10_000)
-_WATCHED = {True: 8.0, False: 30.0}  # seconds of idling that are watched: quick, and in full
+_WATCHED = {True: 4.0, False: 30.0}  # seconds of idling that are watched: quick, and in full
 _QUIET = 0.15  # of a core, in all: what there is to do after so many connects is done then
-_SETTLING = 20.0  # seconds that this may take
-_RESERVE = 25.0  # seconds of the budget for a stage beside its connects and what is watched
+_SETTLING = {True: 5.0, False: 20.0}  # seconds that this may take
+_RESERVE = {True: 6.0, False: 25.0}  # seconds of the budget for a stage beside its connects and what is watched
 _CONNECTING = 900.0  # seconds, at most
 _FEWEST = 100  # devices of a stage
 _PROCESSES = 2  # of simulated devices
@@ -50,7 +50,7 @@ class Stage:
 
 
 def run(options: Options) -> Result:
-    with databases(options) as given, stack_of_its_own(given.postgresql()) as (stack, root):
+    with databases(options) as given, stack_on(options, given.postgresql()) as (stack, root):
         others = set(processes.tree(os.getpid()))
         agent = Agent(root / "agent", stack, Caller(stack).create_device(_AGENT))
         try:
@@ -67,7 +67,7 @@ def _stages(options: Options, stack: Stack, root: Path, parts: Mapping[str, Sequ
         for wanted in _QUICK if options.quick else _FULL:
             count = wanted - connected
             if connected:  # on a slow machine, as many as there is time for
-                count = min(count, int((options.left - watched - _RESERVE) * rate))
+                count = min(count, int((options.left - watched - _RESERVE[options.quick]) * rate))
                 if count < _FEWEST and connected > _QUICK[0]:
                     return
                 count = max(count, _FEWEST)
@@ -76,7 +76,7 @@ def _stages(options: Options, stack: Stack, root: Path, parts: Mapping[str, Sequ
             rate = count / (time.monotonic() - began)
             connected += count
             say(f"{connected} devices are connected, the last {count} at {rate:.0f} a second")
-            _settle(parts)
+            _settle(parts, _SETTLING[options.quick])
             before, began = {name: processes.cpu(pids) for name, pids in parts.items()}, time.monotonic()
             time.sleep(watched)
             seconds = time.monotonic() - began
@@ -97,10 +97,10 @@ def _more(stack: Stack, root: Path, prefix: str, count: int) -> Iterator[None]:
             fleet.kill()  # thousands of goodbyes would take their time
 
 
-def _settle(parts: Mapping[str, Sequence[int]]) -> None:
+def _settle(parts: Mapping[str, Sequence[int]], seconds: float) -> None:
     """Return when the parts have little to do, or after a while."""
     pids = [pid for each in parts.values() for pid in each]
-    until, before = time.monotonic() + _SETTLING, processes.cpu(pids)
+    until, before = time.monotonic() + seconds, processes.cpu(pids)
     while time.monotonic() < until:
         time.sleep(1.0)
         now = processes.cpu(pids)

@@ -21,12 +21,12 @@ from bench.device import Agent
 from bench.floor import Floor
 from bench.peers.packages import NotHereError
 from bench.results import Bar, Comparison, Result, Series, Table
-from bench.run import Budget, Options, databases, percentile, rounds, say, stack_of_its_own
+from bench.run import Budget, Options, databases, percentile, rounds, say, stack_on
 
 BARS: tuple[Bar, ...] = ()  # the bars of a command's round trip are those of `roundtrip`
 BUDGET = Budget(quick=35.0, full=115.0)
 
-_DEVICE = "bench-1"
+_DEVICE = "messaging-1"
 _FLOOR, _OURS = "bare AMQP", "Restante over HTTP"
 _WARM_UP = 0.3  # seconds of each that don't count
 _STOPPING = 12.0  # seconds for all of them
@@ -90,7 +90,7 @@ def run(options: Options) -> Result:
     slice_ = 0.4 if options.quick else 1.2  # seconds that each has in a round
     with ExitStack() as cleanup:
         given = cleanup.enter_context(databases(options))
-        stack, root = cleanup.enter_context(stack_of_its_own(given.postgresql()))
+        stack, root = cleanup.enter_context(stack_on(options, given.postgresql()))
         subjects, notes = _subjects(stack, root, cleanup)
         for measured in subjects.values():
             measured(_WARM_UP)

@@ -31,7 +31,7 @@ from bench.peers.http import Place
 from bench.peers.polled import Polled, Seen, send
 from bench.registering import enrolled_on
 from bench.results import Bar, Comparison, Result, Series, Table
-from bench.run import Budget, Options, databases, percentile, say, stack_of_its_own
+from bench.run import Budget, Options, databases, percentile, say, stack_on
 
 _T = TypeVar("_T")
 
@@ -87,7 +87,7 @@ def run(options: Options) -> Result:
     )
     with ExitStack() as cleanup:
         given = cleanup.enter_context(databases(options))
-        stack, root = cleanup.enter_context(stack_of_its_own(given.postgresql()))
+        stack, root = cleanup.enter_context(stack_on(options, given.postgresql()))
         costs, delays = _measure(stack, root, plan, cleanup)
     return _result(plan, costs, delays)
 

@@ -8,7 +8,6 @@ the end there must be as many messages as were answered for.
 """
 
 import asyncio
-import secrets
 import ssl
 import time
 from base64 import b64encode
@@ -21,43 +20,44 @@ import uvloop
 
 from api.operator.stack import Stack
 from bench.peers import accounts
+from bench.peers.accounts import Account
 from bench.peers.http import Answer, Connection, Place
 from bench.results import Bar, Comparison, Result, Series
-from bench.run import Budget, Options, databases, percentile, rounds, say, stack_of_its_own
-from topology import access, names
+from bench.run import Budget, Options, databases, percentile, rounds, say, stack_on
+from topology import names
 from topology.names import DeviceId
 
 ONE_BY_ONE = Bar("publish of a command over HTTP against RabbitMQ's HTTP API, one by one", 5.0, at_most=False)
 IN_FLIGHT = Bar("publish of a command over HTTP against RabbitMQ's HTTP API, 32 in flight", 5.0, at_most=False)
 BARS = (ONE_BY_ONE, IN_FLIGHT)
-BUDGET = Budget(quick=30.0, full=110.0)
+BUDGET = Budget(quick=18.0, full=110.0)
 
-_ACCOUNT = "bench.publisher"
 _CONNECTIONS = 32
-_AT_MOST = 4.0  # seconds for each half of a side's round
 _MAILBOX = 250  # commands that wait for one device at most
 _PATIENCE = 20.0  # seconds for what was accepted to be in its mailbox
 _STOPPING = 8.0  # seconds for the stack
 
 
 def run(options: Options) -> Result:
-    plan = _Plan(3, 60, 400) if options.quick else _Plan(9, 200, 1500)
+    plan = _Plan(3, 40, 150, 2.0) if options.quick else _Plan(9, 200, 1500, 4.0)
     with (
         databases(options) as given,
-        stack_of_its_own(given.postgresql()) as (stack, _),
+        stack_on(options, given.postgresql()) as (stack, _),
+        accounts.account(stack, "bench.publisher", tags="management") as account,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(_measure(stack, plan, options))
+        return runner.run(_measure(stack, account, plan, options))
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Of each side in one round: so many requests one by one, and so many in flight, or as many as there is time for:
-    RabbitMQ's API takes 5 s for one now and then."""
+    """Of each side in one round: so many requests one by one, and so many in flight, or as many as there are `seconds`
+    for, for each: RabbitMQ's API takes 5 s for one now and then."""
 
     rounds: int
     one_by_one: int
     in_flight: int
+    seconds: float
 
     @property
     def devices(self) -> int:
@@ -83,23 +83,23 @@ class _Side:
             raise RuntimeError(f"{self.name} answered {answer.status}: {answer.body[:500]!r}")
         self.count += 1
 
-    async def one_by_one(self, count: int) -> tuple[float, float]:
+    async def one_by_one(self, plan: _Plan) -> tuple[float, float]:
         """The median in milliseconds, and how many a second."""
         taken: list[float] = []
-        while len(taken) < count and sum(taken) < _AT_MOST * 1000:
+        while len(taken) < plan.one_by_one and sum(taken) < plan.seconds * 1000:
             began = time.perf_counter()
             await self.publish(self.connections[0])
             taken.append((time.perf_counter() - began) * 1000)
         return percentile(taken, 0.5), 1000 * len(taken) / sum(taken)
 
-    async def in_flight(self, count: int) -> float:
+    async def in_flight(self, plan: _Plan) -> float:
         """How many a second."""
-        began, left, before = time.perf_counter(), iter(range(count)), self.count
+        began, left, before = time.perf_counter(), iter(range(plan.in_flight)), self.count
 
         async def lane(connection: Connection) -> None:
             for _ in left:
                 await self.publish(connection)
-                if time.perf_counter() - began > _AT_MOST:
+                if time.perf_counter() - began > plan.seconds:
                     return
 
         async with asyncio.TaskGroup() as group:
@@ -108,10 +108,10 @@ class _Side:
         return (self.count - before) / (time.perf_counter() - began)
 
     async def round(self, plan: _Plan) -> None:
-        latency, alone = await self.one_by_one(plan.one_by_one)
+        latency, alone = await self.one_by_one(plan)
         self.latency.append(latency)
         self.alone.append(alone)
-        self.together.append(await self.in_flight(plan.in_flight))
+        self.together.append(await self.in_flight(plan))
 
     def forget(self) -> None:
         """What was found while everything was warming up."""
@@ -119,16 +119,10 @@ class _Side:
             found.clear()
 
 
-async def _measure(stack: Stack, plan: _Plan, options: Options) -> Result:
-    password = secrets.token_urlsafe(32)
-    assert stack.broker is not None
-    accounts.make(
-        stack.settings.management_url, stack.broker.password(access.ADMIN), _ACCOUNT, password, tags="management"
-    )
-    parameters = pika.ConnectionParameters(
-        "127.0.0.1", stack.settings.amqp_port, names.VHOST, pika.PlainCredentials(_ACCOUNT, password), heartbeat=0
-    )
-    devices = [DeviceId(f"bench-{number}") for number in range(plan.devices)]
+async def _measure(stack: Stack, account: Account, plan: _Plan, options: Options) -> Result:
+    credentials = pika.PlainCredentials(account.name, account.password)
+    parameters = pika.ConnectionParameters("127.0.0.1", stack.settings.amqp_port, names.VHOST, credentials, heartbeat=0)
+    devices = [DeviceId(f"publishing-{number}") for number in range(plan.devices)]
     queues = [f"bench.published.{number}" for number in range(plan.devices)]
     with pika.BlockingConnection(parameters) as connection:
         channel = connection.channel()
@@ -138,7 +132,7 @@ async def _measure(stack: Stack, plan: _Plan, options: Options) -> Result:
         def waiting(queues: list[str]) -> int:
             return sum(channel.queue_declare(queue, passive=True).method.message_count for queue in queues)
 
-        theirs = _rabbitmq(stack, password, queues)
+        theirs = _rabbitmq(stack, account, queues)
         ours = await _restante(stack, devices)
         sides = (theirs, ours)
         for side in sides:
@@ -160,9 +154,9 @@ async def _measure(stack: Stack, plan: _Plan, options: Options) -> Result:
     return _result(ours, theirs)
 
 
-def _rabbitmq(stack: Stack, password: str, queues: list[str]) -> _Side:
+def _rabbitmq(stack: Stack, account: Account, queues: list[str]) -> _Side:
     place = Place.of(stack.settings.management_url)
-    headers = {"Authorization": f"Basic {b64encode(f'{_ACCOUNT}:{password}'.encode()).decode()}"}
+    headers = {"Authorization": f"Basic {b64encode(f'{account.name}:{account.password}'.encode()).decode()}"}
 
     def request(queue: str) -> bytes:
         body = {

@@ -16,8 +16,9 @@ import pika
 from api.operator.stack import Stack
 from bench.bare_pika import PASSWORD
 from bench.peers import accounts
+from bench.peers.accounts import Account
 from bench.run import say
-from topology import access, names
+from topology import names
 
 NO_LIMIT = "The physical limit was not taken: there is no C compiler here, or no librabbitmq."
 PIKA = (sys.executable, "-m", "bench.bare_pika")
@@ -56,11 +57,18 @@ class Raw:
 @contextmanager
 def raw(program: Sequence[str], stack: Stack, count: int, in_flight: int, processes: int = 1) -> Iterator[Raw]:
     """The floor as `program` (`PIKA`, or what `native` gives) makes it."""
+    with accounts.account(stack, f"bench.raw.{secrets.token_hex(3)}") as account:
+        _declare(stack, account, count)
+        with _started(program, stack, account, count, in_flight, processes) as made:
+            yield made
+
+
+@contextmanager
+def _started(
+    program: Sequence[str], stack: Stack, account: Account, count: int, in_flight: int, processes: int
+) -> Iterator[Raw]:
     assert stack.broker is not None
-    name, password = f"bench.raw.{secrets.token_hex(3)}", secrets.token_urlsafe(32)
-    accounts.make(stack.settings.management_url, stack.broker.password(access.ADMIN), name, password)
-    _declare(stack, name, password, count)
-    environment = {**os.environ, PASSWORD: password}
+    name, environment = account.name, {**os.environ, PASSWORD: account.password}
     tls, plain = str(stack.broker.amqps_port), str(stack.settings.amqp_port)
     children: list[subprocess.Popen[str]] = []
 
@@ -101,15 +109,15 @@ def native() -> Iterator[tuple[str, ...] | None]:
             yield (str(binary),)
 
 
-def _declare(stack: Stack, name: str, password: str, count: int) -> None:
+def _declare(stack: Stack, account: Account, count: int) -> None:
     """A durable classic queue for each device."""
     parameters = pika.ConnectionParameters(
-        "127.0.0.1", stack.settings.amqp_port, names.VHOST, pika.PlainCredentials(name, password)
+        "127.0.0.1", stack.settings.amqp_port, names.VHOST, pika.PlainCredentials(account.name, account.password)
     )
     with pika.BlockingConnection(parameters) as connection:
         channel = connection.channel()
         for number in range(count):
-            channel.queue_declare(f"{name}.{number}", durable=True)
+            channel.queue_declare(f"{account.name}.{number}", durable=True)
 
 
 def _end(child: "subprocess.Popen[str]") -> None:

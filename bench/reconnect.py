@@ -28,16 +28,16 @@ from urllib.parse import urlsplit
 
 from api.operator.stack import Stack
 from bench import processes, registering
-from bench.bare import account
 from bench.devices import Counts, Fleet, Load
 from bench.enrolled import Enrolled
+from bench.peers.accounts import account
 from bench.results import Bar, Comparison, Curve, Result, Series, Table
-from bench.run import Budget, Options, databases, say, stack_of_its_own
+from bench.run import Budget, Options, databases, say, stack_on
 from device_agent import backoff
 
 BACK = Bar("all devices back after a broker restart", 1.5, at_most=True)
 BARS = (BACK,)
-BUDGET = Budget(quick=45.0, full=240.0)
+BUDGET = Budget(quick=46.0, full=240.0)
 
 MOST = {True: 500, False: 10_000}  # devices: quick, and in full
 _FLOOR = {True: 200, False: 1_000}  # bare connections of one turn
@@ -76,7 +76,7 @@ class _Found:
 
 
 def run(options: Options) -> Result:
-    with databases(options) as given, stack_of_its_own(given.postgresql()) as (stack, root):
+    with databases(options) as given, stack_on(options, given.postgresql()) as (stack, root):
         return _result(options, _measure(options, stack, root))
 
 
@@ -120,7 +120,7 @@ def _affordable(options: Options, stack: Stack, enrolled: Enrolled, log: Path) -
 
 
 def _floor(stack: Stack, enrolled: Enrolled, log: Path) -> _Turn:
-    with account(stack) as bare, Fleet(enrolled, Load(bare=bare), processes=_PROCESSES, log=log) as fleet:
+    with account(stack, "bench.bare") as bare, Fleet(enrolled, Load(bare=bare), processes=_PROCESSES, log=log) as fleet:
         try:
             return _connects(stack, fleet, len(enrolled.devices))
         finally:

@@ -21,7 +21,7 @@ from api.operator.stack import Stack
 from bench.caller import Caller
 from bench.live import LiveDevice
 from bench.results import Bar, Comparison, Result, Series
-from bench.run import Budget, Options, databases, percentile, say, stack_of_its_own
+from bench.run import Budget, Options, databases, percentile, say, stack_on
 from fabric.sql import open_store
 from topology import access
 from topology.names import DeviceId
@@ -30,7 +30,7 @@ P99 = Bar("a revoked device's connection is closed, p99", 100.0, at_most=True, u
 AGAIN = Bar("revoked devices that could connect again", 0.0, at_most=True, unit="")
 OPEN = Bar("revoked devices not known to be closed when the call returned", 0.0, at_most=True, unit="")
 BARS = (P99, AGAIN, OPEN)
-BUDGET = Budget(quick=20.0, full=60.0)
+BUDGET = Budget(quick=10.0, full=60.0)
 
 WARM_UP = 2  # pairs that don't count
 ROUNDS = 5  # parts of the revoked devices, so that a spread is seen
@@ -38,7 +38,7 @@ ROUNDS = 5  # parts of the revoked devices, so that a spread is seen
 
 def run(options: Options) -> Result:
     many = 40 if options.quick else 200
-    with databases(options) as given, stack_of_its_own(given.postgresql()) as (stack, _):
+    with databases(options) as given, stack_on(options, given.postgresql()) as (stack, _):
         caller = Caller(stack)
         say(f"connecting {2 * many} devices, half of them for the floor")
         devices = asyncio.run(_enrolled(stack, caller, 2 * (many + WARM_UP)))
@@ -62,7 +62,7 @@ class _Found:
 async def _enrolled(stack: Stack, caller: Caller, many: int) -> list[LiveDevice]:
     store = await open_store(stack.settings.database)
     try:
-        devices = [LiveDevice(DeviceId(f"bench-{number}"), stack) for number in range(many)]
+        devices = [LiveDevice(DeviceId(f"revocation-{number}"), stack) for number in range(many)]
         for device in devices:
             await device.enroll(store, await asyncio.to_thread(caller.create_device, device.id))
         return devices

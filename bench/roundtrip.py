@@ -23,15 +23,15 @@ from bench.device import Agent
 from bench.floor import Floor
 from bench.raw import NO_LIMIT, Throughput, native, raw
 from bench.results import Bar, Comparison, Curve, Result, Series
-from bench.run import Budget, Options, databases, ledger_name, percentile, rounds, say, stack_of_its_own
+from bench.run import Budget, Options, databases, ledger_name, percentile, rounds, say, stack_on
 from bench.service import Service, service
 
 P50 = Bar("command over HTTP, PostgreSQL, p50", 3.0, at_most=True)
 P99 = Bar("command over HTTP, PostgreSQL, p99", 4.0, at_most=True)
 BARS = (P50, P99)
-BUDGET = Budget(quick=30.0, full=200.0)
+BUDGET = Budget(quick=14.0, full=200.0)
 
-_DEVICE = "bench-1"
+_DEVICE = "roundtrip-1"
 _WARM_UP = 50  # round trips of each that don't count, but tell how many a round may have
 _FEWEST, _MOST = 50, 500  # round trips of each in a round
 _HTTP, _TURNS, _API = "over HTTP", "over HTTP, single by single", "Python API"
@@ -72,7 +72,7 @@ def _on(
     """Milliseconds of each variant's rounds, taken in this part of what is left of the budget; and of the C client's,
     beside those over HTTP."""
     with ExitStack() as cleanup:
-        stack, root = cleanup.enter_context(stack_of_its_own(database))
+        stack, root = cleanup.enter_context(stack_on(options, database))
         caller = Caller(stack)
         agent = Agent(root / "device", stack, caller.create_device(_DEVICE))
         cleanup.callback(agent.stop)

@@ -22,20 +22,29 @@ _DRIVER = "postgresql+psycopg"
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Seconds that a measure may take, its stacks included: in a quick run, and in a full one."""
+    """Seconds that a measure may take: in a quick run, and in a full one, its stacks included."""
 
     quick: float
     full: float
 
 
 @dataclass(frozen=True, slots=True)
+class Common:
+    """What the measures of a quick run share: it has no time for a stack each. `database` is its ledger's URL."""
+
+    stack: Stack
+    database: str
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """`budget`: seconds for the measure. `database`: the URL of a PostgreSQL server on which databases may be made;
-    empty for a private one."""
+    empty for a private one. `common`: the stack to measure on, instead of one of its own."""
 
     quick: bool
     budget: float
     database: str = ""
+    common: Common | None = None
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -62,7 +71,9 @@ class Databases:
 @contextmanager
 def databases(options: Options) -> Iterator[Databases]:
     """SQLite, and PostgreSQL on a private cluster or on the server that was named."""
-    if options.database:
+    if (common := options.common) is not None:
+        yield Databases(lambda: common.database)
+    elif options.database:
         with _named_server(options.database) as new:
             yield Databases(new)
     else:
@@ -89,10 +100,22 @@ def _named_server(url: str) -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def stack_of_its_own(database: str) -> Iterator[tuple[Stack, Path]]:
-    """A running stack, and an empty folder; both go at the end."""
+def common(options: Options) -> Iterator[Common]:
+    """A stack for several measures, its ledger on PostgreSQL."""
+    with databases(options) as given:
+        database = given.postgresql()
+        with stack_on(options, database) as (stack, _):
+            yield Common(stack, database)
+
+
+@contextmanager
+def stack_on(options: Options, database: str) -> Iterator[tuple[Stack, Path]]:
+    """A running stack, and an empty folder; both go at the end, but for a stack that others share."""
     with tempfile.TemporaryDirectory(prefix="restante-bench-") as directory:
         root = Path(directory)
+        if options.common is not None:
+            yield options.common.stack, root
+            return
         say(f"starting a stack of its own ({ledger_name(database)})")
         # One device does here what a fleet does elsewhere.
         unlimited = Settings(limit_reports=1_000_000, limit_traffic=1_000_000_000, limit_logins=1_000_000)

@@ -9,7 +9,6 @@ batches of 100 with 4 in flight, are counted when they are answered, which is wh
 """
 
 import os
-import secrets
 import subprocess
 import sys
 import time
@@ -25,31 +24,30 @@ from bench.load import Load, Requests, load
 from bench.peers import accounts
 from bench.readings import BODY, CHANNEL
 from bench.results import Bar, Comparison, Result, Series, Table
-from bench.run import Budget, Options, rounds, say, stack_of_its_own
-from topology import access, names
+from bench.run import Budget, Options, rounds, say, stack_on
+from topology import names
 from topology.names import DeviceId
 
 RATE = Bar("confirmed telemetry, agent to consumer", 0.7, at_most=False)
 BARS = (RATE,)
-BUDGET = Budget(quick=20.0, full=90.0)
+BUDGET = Budget(quick=12.0, full=90.0)
 
 _ACCOUNT = "bench.telemetry"
-_DEVICE = DeviceId("bench-1")
+_DEVICE = DeviceId("telemetry-1")
 _BATCH = 100  # readings of one request
 
 
 def run(options: Options) -> Result:
     with ExitStack() as cleanup:
-        stack, root = cleanup.enter_context(stack_of_its_own(""))
+        stack, root = cleanup.enter_context(stack_on(options, ""))
         assert stack.broker is not None
         state = enroll(root / "device", stack, Caller(stack).create_device(_DEVICE))
-        password = secrets.token_urlsafe(32)
-        accounts.make(stack.settings.management_url, stack.broker.password(access.ADMIN), _ACCOUNT, password)
+        password = cleanup.enter_context(accounts.account(stack, _ACCOUNT)).password
         plain = ("127.0.0.1", str(stack.settings.amqp_port), _ACCOUNT, names.VHOST)
         consumer = cleanup.enter_context(_end(password, "consumer", *plain))
         consumer.wait("ready")
         place = ("localhost", str(stack.broker.amqps_port), str(stack.files.authority), _ACCOUNT, names.VHOST)
-        key = names.telemetry_key(DeviceId("bench-2"), CHANNEL)
+        key = names.telemetry_key(DeviceId("telemetry-2"), CHANNEL)
         agent = cleanup.enter_context(_end("", "agent", str(state)))
         pika_ = cleanup.enter_context(_end(password, "pika", *place, key))
         path = f"/v1/devices/{_DEVICE}/telemetry/{CHANNEL}"

@@ -26,12 +26,12 @@ from bench.devices import Load as Doing
 from bench.load import Load, Requests, load
 from bench.raw import NO_LIMIT, PIKA, Raw, native, raw
 from bench.results import Bar, Comparison, Curve, Result, Series, Table
-from bench.run import Budget, Options, databases, ledger_name, rounds, say, stack_of_its_own
+from bench.run import Budget, Options, databases, ledger_name, rounds, say, stack_on
 
 RATE = Bar("commands a second over HTTP, 100 devices, 32 in flight, PostgreSQL", 0.4, at_most=False)
 RATE_SQLITE = Bar("commands a second over HTTP, 100 devices, 32 in flight, SQLite", 0.4, at_most=False)
 BARS = (RATE, RATE_SQLITE)
-BUDGET = Budget(quick=30.0, full=240.0)
+BUDGET = Budget(quick=16.0, full=240.0)
 
 IN_FLIGHT = 32
 DEVICES = (1, 100, 1000)
@@ -52,7 +52,7 @@ def run(options: Options) -> Result:
             database = given.postgresql() if bar is RATE else given.sqlite()
             ledger = ledger_name(database)
             found: dict[int, _Found] = {}
-            with stack_of_its_own(database) as (stack, _):
+            with stack_on(options, database) as (stack, _):
                 for count in many:
                     try:
                         found[count] = _with(stack, count, limit, options.left / parts)
@@ -95,7 +95,7 @@ def _with(stack: Stack, count: int, limit: tuple[str, ...] | None, seconds: floa
     processes = 1 if count == 1 else 2
     token = stack.files.operator_token.read_text().strip()
     enrolled = asyncio.run(
-        registering.enrolled_on(stack.settings, stack.files.authority, token, f"bench-{count}", count, say)
+        registering.enrolled_on(stack.settings, stack.files.authority, token, f"throughput-{count}", count, say)
     )
     requests = Requests(
         [f"/v1/devices/{device.id}/commands" for device in enrolled.devices],

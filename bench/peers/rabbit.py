@@ -1,6 +1,5 @@
 """A second RabbitMQ node, with the broker's own MQTT plugin."""
 
-import secrets
 from pathlib import Path
 
 from api.operator.broker_files import LOOPBACK
@@ -55,13 +54,14 @@ class RabbitMqtt:
         )
         self._node.start()
         try:
-            password = secrets.token_urlsafe(32)
             url = f"http://{LOOPBACK}:{self._node.management_port}"
-            accounts.make(url, self._node.password(access.ADMIN), _ACCOUNT, password)
+            made = accounts.make(url, self._node.password(access.ADMIN), _ACCOUNT)
         except BaseException:
             self._node.stop()
             raise
-        self.place = Place(self._node.plain_port, self._node.tls_port, str(stack.files.authority), _ACCOUNT, password)
+        self.place = Place(
+            self._node.plain_port, self._node.tls_port, str(stack.files.authority), made.name, made.password
+        )
 
     def stop(self) -> None:
         self._node.stop()

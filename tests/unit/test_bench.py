@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench import documents, page, report
+from bench.budgets import QUICK, Budgets
 from bench.documents import Run
 from bench.measures import MEASURES
 from bench.results import Bar, Comparison, Curve, Result, Series, Table
@@ -97,3 +98,25 @@ def test_bars_have_names_of_their_own() -> None:
 def test_the_page_has_a_place_for_the_figures() -> None:
     text = page.PAGE.read_text()
     assert text.index(page.BEGIN) < text.index(page.END)
+
+
+def test_a_measure_that_took_longer_leaves_the_others_less() -> None:
+    now = 0.0
+    budgets = Budgets({"one": QUICK / 2, "two": QUICK / 4, "three": QUICK / 4}, lambda: now)
+    assert budgets.next("one") == QUICK / 2
+    now = QUICK * 3 / 4
+    assert budgets.next("two") == QUICK / 8
+    now = QUICK * 7 / 8
+    assert budgets.next("three") == QUICK / 8
+
+
+def test_a_measure_for_which_too_little_is_left_is_not_run() -> None:
+    now = 0.0
+    budgets = Budgets({"one": QUICK / 2, "two": QUICK / 2}, lambda: now)
+    assert budgets.next("one") == QUICK / 2
+    now = QUICK * 0.9
+    assert budgets.next("two") is None
+
+
+def test_what_has_a_bar_fits_into_a_quick_run() -> None:
+    assert sum(measure.BUDGET.quick for measure in MEASURES.values() if measure.BARS) <= 1.2 * QUICK
