@@ -15,10 +15,13 @@ install() {  # why PACKAGE…
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
-python=$(command -v python3.11 || command -v python3 || true)
-[ -n "$python" ] || { say "Python 3.11 or newer is needed: apt-get install python3"; exit 1; }
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  say "Python 3.11 or newer is needed; $python is $("$python" -V 2>&1)"; exit 1; }
+# The distribution's own before one that is in PATH: it is built with profile-guided optimization, and takes a quarter
+# less time for everything than one that was just compiled.
+python=
+for candidate in ${PYTHON:-/usr/bin/python3.11 /usr/bin/python3 python3.11 python3}; do
+  "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { python=$(command -v "$candidate"); break; }
+done
+[ -n "$python" ] || { say "Python 3.11 or newer is needed: apt-get install python3, or name one: PYTHON=/path/to/it"; exit 1; }
 "$python" -c 'import ensurepip' 2>/dev/null || install "the module ensurepip is missing" python3-venv
 
 if [ "$lock" = requirements/dev.lock ]; then
@@ -31,5 +34,5 @@ fi
 
 [ -x .venv/bin/python ] || { say "making .venv"; "$python" -m venv .venv; }
 say "installing the packages of $lock (up to a minute the first time)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+.venv/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r "$lock"
+.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
