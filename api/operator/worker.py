@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _TICK = 0.05  # seconds between looks at the deadlines
 _POLL = 0.1  # seconds between looks at what else waits in the ledger
+_RETRYING = 0.25  # seconds between looks at what must be published again: half a second after a nack, at first
 _LOGGING = 1.0  # seconds: for what a gateway could not write itself
 _PRUNING = 10.0  # seconds: nobody waits for it
 _DAY = 86_400_000_000  # microseconds
@@ -117,9 +118,9 @@ async def _serve(settings: Settings) -> int:
     passes = {
         "gate": (LOOK_EVERY, gate.look),
         "deadlines": (_TICK, Deadlines(ledger, recorder, clock, gate).run_once),
-        "republisher": (_POLL, republisher.run_once),
+        "republisher": (_RETRYING, republisher.run_once),
         "sequencer": (_POLL, sequencer.run_once),
-        "events": (_POLL, sequencer.publish_once),
+        "events": (0.0, sequencer.publish_once),
         "closures": (_POLL, closures.run_once),
         **{f"flood-guard-{hand}": (0.0, flood.run_once) for hand in range(HANDS)},
         "sessions": (0.0, sessions.run_once),

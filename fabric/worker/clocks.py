@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from fabric import command as life
 from fabric import events
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 BATCH = 500  # commands or events of one pass
 REFILLED = 100_000  # events that are published again to a stream that is found empty
 LEASE: life.Micros = 10_000_000  # of the sequencer
+UNASKED = 1.0  # seconds between looks for events to publish of which there was no news
 
 
 class Deadlines:
@@ -62,17 +64,35 @@ class Sequencer:
 
     def __init__(self, owner: str, ledger: Ledger, publisher: Publisher) -> None:
         self._owner, self._ledger, self._publisher = owner, ledger, publisher
+        self._news = asyncio.Event()  # there is something to publish, as far as is known
 
     async def run_once(self) -> bool:
         """Give positions; True when there may be more to do."""
-        return await self._ledger.sequence(self._owner, LEASE, BATCH) == BATCH
+        given = await self._ledger.sequence(self._owner, LEASE, BATCH)
+        if given:
+            self._news.set()
+        return given == BATCH
 
     async def leave(self) -> None:
         """Let the next worker go on at once: else it waits until the lease runs out."""
         await self._ledger.leave_sequence(self._owner)
 
-    async def publish_once(self) -> bool:
-        """Publish what has a position; True when there may be more."""
+    async def publish_once(self) -> None:
+        """Publish what has a position: once there is news of some; or after a second, for what another sequencer left,
+        or is to be published again."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(UNASKED):
+                await self._news.wait()
+        self._news.clear()
+        try:
+            more = await self._publish()
+        except Temporary:
+            self._news.set()
+            raise
+        if more:
+            self._news.set()
+
+    async def _publish(self) -> bool:
         # What has been read before a connection was lost must not come first in a stream that was made anew meanwhile.
         async with self._publisher.in_order("", names.EVENTS) as publish:
             rows = await self._ledger.unpublished(self._owner, BATCH)
