@@ -6,6 +6,7 @@ should be is measured in `bench/`.
 
 import resource
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def is_throttled(running: RunningStack, device: Device, limit: str, within: floa
 @contextmanager
 def closed_by_the_fabric() -> Iterator[None]:
     """What is done in this block ends with the connection: the broker closes it, or is found to have done so."""
-    with pytest.raises((ConnectionClosed, ConnectionError, pika.exceptions.AMQPError)):
+    with pytest.raises((ConnectionClosed, ConnectionError, ssl.SSLEOFError, pika.exceptions.AMQPError)):
         yield
 
 
