@@ -9,7 +9,7 @@ BENCH := .venv/.bench
 AUDIT := .venv/audit/.done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test compose-test check audit sbom fuzz format docs bench
+.PHONY: help demo up test soak compose-test check audit sbom fuzz format docs bench
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,16 +23,16 @@ $(DEV): requirements/dev.lock pyproject.toml deploy/bootstrap.sh
 	@touch $@ $(SERVER)
 
 $(FUZZ): $(DEV) requirements/fuzz.lock
-	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/fuzz.lock
+	@$(PY) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements/fuzz.lock
 	@touch $@
 
 $(BENCH): $(SERVER) requirements/bench.lock
-	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bench.lock
+	@$(PY) -m pip install -qq --disable-pip-version-check --require-hashes -r requirements/bench.lock
 	@touch $@
 
 $(AUDIT): $(SERVER) requirements/audit.lock
 	@$(PY) -m venv .venv/audit
-	@.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/audit.lock
+	@.venv/audit/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements/audit.lock
 	@touch $@
 
 demo: $(SERVER)  ## set everything up, run the main job, say what happened, clean up
@@ -41,9 +41,15 @@ demo: $(SERVER)  ## set everything up, run the main job, say what happened, clea
 up: $(SERVER)  ## the full stack in the foreground; state in .local/
 	@.venv/bin/restante up
 
-test: $(DEV)  ## all tests, on a private broker and private databases
-	@# Compiled once, not by each of the hundreds of processes that the tests start.
-	@env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -n 2 --no-loadscope-reorder
+# Python's own files are compiled once, not by each of the hundreds of processes that the tests start. Twice as many at
+# once as there are processors: a test waits as long as it works.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -n $$(($$(nproc) < 4 ? 2 * $$(nproc) : 8)) --no-loadscope-reorder
+
+test: $(DEV)  ## the tests, on a private broker and private databases; all but those of `make soak`
+	@$(PYTEST) -m "not soak"
+
+soak: $(DEV)  ## everything killed, again and again, under thousands of commands; disks lost and backups restored (5 minutes)
+	@$(PYTEST) -m soak
 
 compose-test: $(DEV)  ## compose.yaml on a real container engine: up from nothing, scaled, killed, down (8 minutes)
 	@$(PY) -m pytest -v -s --timeout 900 --durations 12 tests/compose/{came_up,one_port,under_load,operated}.py

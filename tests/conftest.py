@@ -25,6 +25,7 @@ hypothesis_settings.load_profile("ci")
 DATABASES = ("sqlite", "postgresql")
 READING = ("test_follow_events.py",)  # they read all that ever happened
 FILLING = ("test_chaos.py", "test_rebuild.py")  # they leave thousands of commands, which others would look through
+LONG = ("test_sessions.py", "test_revocation.py")  # minutes: begun late, they would be waited for in the end
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,7 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _place(item: pytest.Item) -> tuple[bool, bool, bool]:
     if _database(item) is None:
-        return True, False, False
+        return True, item.path.name not in LONG, False
     return False, item.path.name in FILLING, item.path.name not in READING
 
 
@@ -107,7 +108,10 @@ class _Scheduling(LoadScopeScheduling):
     # Not `--dist loadgroup`, whose mark is not seen in the ids that pytest 9.2 makes.
     def _split_scope(self, nodeid: str) -> str:
         shared = re.search(r"\[own-(?:sqlite|postgresql)\b|^tests/integration/amqp/", nodeid)
-        return shared[0] if shared else nodeid.partition("::")[0]
+        if shared is None:
+            return nodeid.partition("::")[0]
+        # Those that fill a stack have it for themselves, so that nobody waits for both halves one after the other.
+        return f"{shared[0]} filled" if any(name in nodeid for name in FILLING) else shared[0]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -40,7 +40,7 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_two_commands_are_those_that_ci_runs() -> None:
     assert [line.split("#")[0].strip() for line in BLOCKS[0].splitlines()] == ["make demo", "make test"]
-    assert "\nmake test\nmake check\n" in (ROOT / ".ci" / "run").read_text()
+    assert "\nmake test\nmake check\nmake soak\n" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.timeout(360)

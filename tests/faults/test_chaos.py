@@ -15,6 +15,7 @@ ROUNDS = 2  # in each, every part is killed once
 TTL = 45.0  # seconds, of what is not sent to expire
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_everything_accepted_ends_in_one_true_state_whatever_is_killed(own_stack: RunningStack, home: Path) -> None:
     with Fleet(own_stack, home, DEVICES) as fleet:

@@ -18,6 +18,7 @@ from topology.names import DeviceId
 
 COMMANDS = 600
 DEVICES = 30
+BUSY = 5  # devices whose handlers are at work when the worker ends
 TTL = 45.0  # seconds, of what is not sent to expire
 
 
@@ -81,26 +82,31 @@ def test_a_rebuild_that_was_not_needed_does_no_harm(own_stack: RunningStack, tmp
         assert here.record() == ["before", "after"]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(480)
 def test_a_broker_that_lost_its_disk_is_rebuilt_from_the_ledger(own_stack: RunningStack, home: Path) -> None:
     stack, broker = own_stack.stack, own_stack.stack.broker
     assert broker is not None
-    with Fleet(own_stack, home, DEVICES) as fleet:
+    with Fleet(own_stack, home, DEVICES + BUSY) as fleet:
         fleet.start()
-        traffic = Traffic(own_stack, fleet.ids, COMMANDS, ttl=TTL)
+        traffic = Traffic(own_stack, fleet.ids[:DEVICES], COMMANDS, ttl=TTL)
         traffic.start()
         traffic.wait_until(COMMANDS // 4)
+        order = {"text": "at work", "seconds": 6}
+        at_work = {own_stack.send(id, "slow", order, response_timeout=90)["id"] for id in fleet.ids[DEVICES:]}
+        eventually(lambda: all(own_stack.command(id)["state"] == "running" for id in at_work), "all are at work")
         stack.kill_service("worker")
-        before = len(fleet.runs())
-        eventually(lambda: len(fleet.runs()) >= before + DEVICES, "runs of which no worker has read")
-        eventually(lambda: depth(own_stack, names.REPORTS) > DEVICES, "reports to lose")
+        eventually(lambda: at_work <= {run.command for run in fleet.runs() if run.ended}, "runs that no worker read of")
+        eventually(lambda: depth(own_stack, names.REPORTS) >= BUSY, "reports to lose")
         broker.kill9()
         lost = [
             run.command
             for run in fleet.runs()
-            if run.ended and run.command in traffic.accepted and not own_stack.command(run.command)["settled_at"]
+            if run.ended
+            and run.command in at_work | traffic.accepted.keys()
+            and not own_stack.command(run.command)["settled_at"]
         ]
-        assert lost, "outcomes that were in the lost queue"
+        assert at_work <= set(lost), "outcomes that were in the lost queue"
         broker.wipe()
         fleet.kill()
         fleet.start()
@@ -111,16 +117,17 @@ def test_a_broker_that_lost_its_disk_is_rebuilt_from_the_ledger(own_stack: Runni
             eventually(lambda: _exists(own_stack, names.mailbox(DeviceId(fleet.ids[0]))), "the first mailbox")
             interrupted.kill()
         rebuilt = _rebuilt(own_stack)
-        assert rebuilt["mailboxes"] >= DEVICES
+        assert rebuilt["mailboxes"] >= DEVICES + BUSY
         for id in fleet.ids:
             assert _exists(own_stack, names.mailbox(DeviceId(id)))
         traffic.finish()
-        commands = await_settled(own_stack, fleet, list(traffic.accepted), TTL + 60, rebuilt["incarnation"])
+        commands = await_settled(own_stack, fleet, [*traffic.accepted, *at_work], TTL + 60, rebuilt["incarnation"])
         check_runs(commands, fleet.runs())
         found = {command["id"]: command for command in commands}
         assert {found[id]["state"] for id in lost} == {"succeeded"}, "the outcomes came again"
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(360)
 def test_a_restored_backup_runs_nothing_twice(own_stack: RunningStack, home: Path) -> None:
     """What was done since comes from the devices again; what they were never told is sent; the rest is forgotten."""

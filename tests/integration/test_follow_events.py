@@ -99,6 +99,7 @@ def command(running: RunningStack, agent: AgentProcess, count: int) -> list[str]
     return [running.send(agent.id, "note", {"text": f"n{number}"}, ttl=60)["id"] for number in range(count)]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(480)
 def test_nothing_is_missing_and_nothing_comes_twice(own_stack: RunningStack, home: Path, tmp_path: Path) -> None:
     broker = own_stack.stack.broker
