@@ -50,8 +50,9 @@ def main() -> int:
     given = parser.parse_args()
 
     names = given.measure or [name for name, measure in MEASURES.items() if measure.BARS or not given.quick]
+    failure = ""
     if given.quick:
-        runs = _quick(names, given.database)
+        runs, failure = _quick(names, given.database)
     else:
         budgets = {name: given.budget or MEASURES[name].BUDGET.full for name in names}
         runs = {name: _run(name, Options(False, budget, given.database)) for name, budget in budgets.items()}
@@ -60,7 +61,10 @@ def main() -> int:
     if given.write_docs:
         page.write(runs)
     bars = {name: MEASURES[name].BARS for name in MEASURES if not given.measure or name in given.measure}
-    return 0 if report.show_bars(bars, runs) else 1
+    met = report.show_bars(bars, runs)
+    if failure:
+        say(f"the run FAILED: {failure}")
+    return 0 if met and not failure else 1
 
 
 def _seconds(text: str) -> float:
@@ -86,15 +90,11 @@ def _run(name: str, options: Options) -> Run:
     return run
 
 
-def _quick(names: Sequence[str], database: str) -> dict[str, Run]:
-    """All of them in one process, on one stack."""
+def _quick(names: Sequence[str], database: str) -> tuple[dict[str, Run], str]:
+    """All of them in one process, on one stack: those that were run, and why the process failed, if it did."""
     with _file() as file:
         failure = _failure(["bench.quick", str(file), *names], database, QUICK + _LATE)
-        runs = documents.read(file)
-    if failure:
-        name = next((name for name in names if name not in runs), names[-1])
-        runs[name] = Taking(name, quick=True).ended(None, failure)
-    return runs
+        return documents.read(file), failure
 
 
 @contextmanager
