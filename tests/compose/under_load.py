@@ -98,14 +98,16 @@ def test_a_gateway_that_hangs_blocks_no_login(stack: Composed, caller: Caller) -
 
 def test_who_connects_too_often_is_cut_off_for_a_while(stack: Composed) -> None:
     assert stack.anyone().request("GET", "/health/live").is_success
-    for _ in range(300):  # the limit is 200 in 10 s
-        socket.create_connection(("127.0.0.1", stack.port), 10).close()
-    with pytest.raises(httpx.TransportError):
-        stack.anyone().request("GET", "/health/live")
 
-    def is_back() -> bool:
+    def is_served() -> bool:
         with contextlib.suppress(httpx.TransportError):
             return stack.anyone().request("GET", "/health/live").is_success
         return False
 
-    eventually(is_back, "connections to be taken again", within=60)
+    def is_cut_off() -> bool:
+        for _ in range(150):  # the limit is 200 in 10 s, but the engine's own proxy hands them on at its own pace
+            socket.create_connection(("127.0.0.1", stack.port), 10).close()
+        return not is_served()
+
+    eventually(is_cut_off, "connections to be refused")
+    eventually(is_served, "connections to be taken again", within=60)
