@@ -41,11 +41,11 @@ demo: $(SERVER)  ## set everything up, run the main job, say what happened, clea
 up: $(SERVER)  ## the full stack in the foreground; state in .local/
 	@.venv/bin/restante up
 
-# Python's own files are compiled once, not by each of the hundreds of processes that the tests start. Twice as many at
-# once as there are processors: a test waits as long as it works.
-PYTEST := env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -n $$(($$(nproc) < 4 ? 2 * $$(nproc) : 8)) --no-loadscope-reorder
+# Python's own files are compiled once, not by each of the hundreds of processes that the tests start.
+JOBS ?= $(shell nproc)
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -n $(JOBS) --no-loadscope-reorder
 
-test: $(DEV)  ## the tests, on a private broker and private databases; all but those of `make soak`
+test: $(DEV)  ## the tests, on a private broker and private databases; all but those of `make soak`. JOBS=4: so many at once
 	@$(PYTEST) -m "not soak"
 
 soak: $(DEV)  ## everything killed, again and again, under thousands of commands; disks lost and backups restored (5 minutes)

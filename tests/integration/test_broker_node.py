@@ -117,7 +117,11 @@ def as_admin(node: BrokerNode, path: str) -> list[dict[str, str]]:
 
 def processes(node: BrokerNode) -> list[psutil.Process]:
     """All of the node's processes."""
-    return [psutil.Process(pid) for pid in marked("RESTANTE_BROKER", str(node._home))]
+    found = []
+    for pid in marked("RESTANTE_BROKER", str(node._home)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found.append(psutil.Process(pid))
+    return found
 
 
 def until(condition: Callable[[], bool], seconds: float = MINUTE) -> None:

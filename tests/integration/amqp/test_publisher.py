@@ -220,7 +220,7 @@ async def test_a_cancelled_publish_leaves_the_publisher_usable(
 
 async def test_thousands_at_once_are_all_confirmed(publisher: AmqpPublisher) -> None:
     sent = [dataclasses.replace(COMMAND, message_id=str(index)) for index in range(3_000)]
-    await asyncio.gather(*(publisher.publish(names.UPLINK, "receipt.x", message) for message in sent))
+    await asyncio.gather(*(publisher.publish(names.UPLINK, "receipt.x", message, timeout=60) for message in sent))
     assert await publisher.depth(names.REPORTS) == 3_000
 
 
