@@ -135,6 +135,15 @@ class Waiting:
     attempt: int
 
 
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A command whose deadline, or time to answer, is `at`."""
+
+    id: CommandId
+    state: State
+    at: Micros
+
+
 class Ledger(Protocol):
     """The commands. All changes go through `write`, in batches: one transaction per flush."""
 
@@ -174,8 +183,8 @@ class Ledger(Protocol):
         """What may be in these mailboxes: commands that wait, and withdrawn ones until their deadline."""
         ...
 
-    async def due(self, now: Micros, limit: int) -> list[tuple[CommandId, State]]:
-        """Commands whose deadline or response time has passed, the longest overdue first."""
+    async def due(self, by: Micros, limit: int) -> list[Due]:
+        """Commands whose deadline or response time is not after `by`, in its order."""
         ...
 
     async def to_publish(self, now: Micros, limit: int) -> list[tuple[CommandId, int]]:

@@ -41,7 +41,6 @@ from topology import access, names
 
 log = logging.getLogger(__name__)
 
-_TICK = 0.05  # seconds between looks at the deadlines
 _POLL = 0.1  # seconds between looks at what else waits in the ledger
 _RETRYING = 0.25  # seconds between looks at what must be published again: half a second after a nack, at first
 _LOGGING = 1.0  # seconds: for what a gateway could not write itself
@@ -117,7 +116,7 @@ async def _serve(settings: Settings) -> int:
     )
     passes = {
         "gate": (LOOK_EVERY, gate.look),
-        "deadlines": (_TICK, Deadlines(ledger, recorder, clock, gate).run_once),
+        "deadlines": (0.0, Deadlines(ledger, recorder, clock, gate).run_once),
         "republisher": (_RETRYING, republisher.run_once),
         "sequencer": (_POLL, sequencer.run_once),
         "events": (0.0, sequencer.publish_once),

@@ -18,7 +18,7 @@ from fabric.command import WAITING, Command, Confirmed, Micros, State
 from fabric.errors import LedgerUnavailable
 from fabric.measures import Lives
 from fabric.model import Accept, Change, LogRow, Mailbox, QuarantineRow, Result, TimelineRow, Write
-from fabric.ports import Waiting
+from fabric.ports import Due, Waiting
 from fabric.sql import log as event_log
 from fabric.sql import mailboxes, rows, schema, waiting
 from fabric.sql.engine import Database, refused
@@ -149,9 +149,9 @@ class SqlLedger:
             query = query.where(sa.tuple_(table.accepted_at, table.id) < sa.tuple_(*map(sa.literal, after)))
         return await self._database.read(lambda connection: list(map(rows.command, connection.execute(query))))
 
-    async def due(self, now: Micros, limit: int) -> list[tuple[CommandId, State]]:
-        found = await self._prepared(_DUE, {"now": now, "limit": limit})
-        return [(CommandId(id), State(state)) for id, state in found]
+    async def due(self, by: Micros, limit: int) -> list[Due]:
+        found = await self._prepared(_DUE, {"by": by, "limit": limit})
+        return [Due(CommandId(id), State(state), at) for id, state, at in found]
 
     async def to_publish(self, now: Micros, limit: int) -> list[tuple[CommandId, int]]:
         found = await self._prepared(_TO_PUBLISH, {"now": now, "limit": limit})
@@ -323,8 +323,8 @@ _TIMELINE = Prepared(
     .order_by(schema.events.c.id)
 )
 _DUE = Prepared(
-    sa.select(_commands.id, _commands.state)
-    .where(_commands.due <= sa.bindparam("now"))
+    sa.select(_commands.id, _commands.state, _commands.due)
+    .where(_commands.due <= sa.bindparam("by"))
     .order_by(_commands.due)
     .limit(sa.bindparam("limit"))
 )

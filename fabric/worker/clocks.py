@@ -7,6 +7,7 @@ transition table, stepped under the row's lock, lets one of them announce.
 import asyncio
 import json
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -16,7 +17,7 @@ from fabric.clock import Clock
 from fabric.errors import Temporary
 from fabric.mail import Republisher
 from fabric.model import Change, LogRow
-from fabric.ports import Ledger, Publisher
+from fabric.ports import Due, Ledger, Publisher
 from fabric.worker.gate import Gate
 from fabric.worker.reports import Recorder
 from topology import names, wire
@@ -25,29 +26,42 @@ log = logging.getLogger(__name__)
 
 BATCH = 500  # commands or events of one pass
 REFILLED = 100_000  # events that are published again to a stream that is found empty
+LOOK_AHEAD: life.Micros = 200_000  # from one look at the deadlines to the next
+TOGETHER = 0.02  # seconds, at most, that one waits for others
 LEASE: life.Micros = 10_000_000  # of the sequencer
 UNASKED = 1.0  # seconds between looks for events to publish of which there was no news
 
 
 class Deadlines:
-    """Announces `expired` and `unanswered` by the fabric's clock."""
+    """Announces `expired` and `unanswered` by the fabric's clock.
+
+    A look at the ledger also says what is due before the next one, so that each is announced at its time. What was
+    given less time than lies between two looks is announced at the next.
+    """
 
     def __init__(self, ledger: Ledger, recorder: Recorder, clock: Clock, gate: Gate) -> None:
         self._ledger, self._recorder, self._clock, self._gate = ledger, recorder, clock, gate
 
     async def run_once(self) -> bool:
-        """Settle what is due; True when there may be more."""
-        if not self._gate.is_open():
-            return False
-        due = await self._ledger.due(self._clock.now(), BATCH)
-        if due:
-            await self._recorder.record(
-                *(
-                    Change(id, life.DeadlinePassed() if state in life.WAITING else life.ResponseDue())
-                    for id, state in due
-                )
-            )
-        return len(due) == BATCH
+        """Settle what is due, then wait until something else is, or for the next look; True when more may be due."""
+        now = self._clock.now()
+        next_at = now + LOOK_AHEAD
+        if self._gate.is_open():
+            found = await self._ledger.due(next_at, BATCH)
+            due = [each for each in found if each.at <= now]
+            if due:
+                await self._recorder.record(*map(_passed, due))
+            if len(due) == BATCH:
+                return True
+            if len(due) < len(found):
+                next_at = found[len(due)].at
+        # What is due a moment later goes along; and of several workers one finds it settled by another.
+        await asyncio.sleep(max(0, next_at - self._clock.now()) / 1_000_000 + random.uniform(0, TOGETHER))  # noqa: S311
+        return False
+
+
+def _passed(due: Due) -> Change:
+    return Change(due.id, life.DeadlinePassed() if due.state in life.WAITING else life.ResponseDue())
 
 
 async def refill(ledger: Ledger, stream: str) -> None:

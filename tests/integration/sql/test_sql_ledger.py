@@ -21,6 +21,7 @@ from fabric.command import (
 )
 from fabric.errors import Conflict, Invalid, LedgerUnavailable, NotFound, Temporary
 from fabric.model import Accept, Accepted, Change, Dropped, QuarantineRow
+from fabric.ports import Due
 from fabric.sql import Store, fold, open_store, schema
 from fabric.sql import engine as sql_engine
 from fabric.sql.ledger import QUARANTINED_ROWS, SqlLedger
@@ -236,7 +237,7 @@ async def test_text_that_a_database_refuses_is_cleaned(store: Store) -> None:
         str(row).encode()
 
 
-async def test_due_commands_are_found_the_longest_overdue_first(store: Store) -> None:
+async def test_due_commands_are_found_with_their_time_the_longest_overdue_first(store: Store) -> None:
     await add_device(store.registry)
     at = now()
     late, later, running, settled = [
@@ -245,9 +246,14 @@ async def test_due_commands_are_found_the_longest_overdue_first(store: Store) ->
     await change(store.ledger, running.id, Receipted(AGENT, running=True))
     await change(store.ledger, settled.id, SUCCEEDED)
     assert await store.ledger.due(at, 10) == []
-    assert await store.ledger.due(at + 11 * SECOND, 10) == [(later.id, State.ACCEPTED), (late.id, State.ACCEPTED)]
-    assert await store.ledger.due(at + 11 * SECOND, 1) == [(later.id, State.ACCEPTED)]
-    assert (running.id, State.RUNNING) in await store.ledger.due(at + 40 * SECOND, 10)
+    first, second = (Due(each.id, State.ACCEPTED, each.deadline) for each in (later, late))
+    assert await store.ledger.due(first.at - 1, 10) == []
+    assert await store.ledger.due(first.at, 10) == [first]
+    assert await store.ledger.due(second.at, 10) == [first, second]
+    assert await store.ledger.due(second.at, 1) == [first]
+    assert (running.id, State.RUNNING) in [
+        (each.id, each.state) for each in await store.ledger.due(at + 40 * SECOND, 10)
+    ]
 
 
 async def test_what_must_be_published_is_found_until_its_deadline(store: Store) -> None:
