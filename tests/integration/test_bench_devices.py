@@ -42,7 +42,7 @@ def enrolled(running: RunningStack) -> Enrolled:
 
 @pytest.fixture
 def fleet(enrolled: Enrolled) -> Iterator[Fleet]:
-    with Fleet(enrolled, Load(), processes=2) as started:
+    with Fleet(enrolled, Load()) as started:
         started.wait_connected(within=WITHIN)
         yield started
 

@@ -16,6 +16,7 @@ from tests.harness.truth import settled_states
 from topology import names
 
 CALLERS = 3
+PAUSE = 0.05  # seconds between a caller's commands
 BEHIND_AN_EDGE = {"RESTANTE_TLS_CERTIFICATE": ""}  # which watches who is ready
 LONGEST_END = 15.0  # seconds
 
@@ -66,6 +67,7 @@ def callers(edge: Edge, device: str) -> Iterator[list[httpx.Response | BaseExcep
                     answers.append(http.post(f"/v1/devices/{device}/commands", json=body, headers=headers))
             except BaseException as error:  # noqa: BLE001 - it is what must not be
                 answers.append(error)
+            ended.wait(PAUSE)
 
     threads = [threading.Thread(target=call, args=(caller,)) for caller in range(CALLERS)]
     for thread in threads:

@@ -20,7 +20,6 @@ from tests.harness.rawamqp import ConnectionClosed, RawClient
 from tests.harness.stack import NO_LIMITS, RunningStack, eventually, start_stack
 
 SOON = 2.0  # seconds within which presence is right
-CROWD = 500
 
 HOLDER = """
 import sys
@@ -198,9 +197,10 @@ def test_a_flapping_device_is_seen_as_it_is_left(running: RunningStack) -> None:
     changes_alternate(running, device)
 
 
-def test_a_crowd_that_comes_back_at_once_is_all_there(running: RunningStack) -> None:
+@pytest.mark.parametrize("many", [60, pytest.param(500, marks=pytest.mark.soak)])
+def test_a_crowd_that_comes_back_at_once_is_all_there(running: RunningStack, many: int) -> None:
     peering = Device.enrolled(running, "guide").peering
-    devices = crowd.register(running, "crowd", CROWD, peering)
+    devices = crowd.register(running, "crowd", many, peering)
 
     def all_are(wanted: bool) -> Any:
         return lambda: set(crowd.connected(running, "crowd-").values()) == {wanted}
@@ -214,7 +214,7 @@ def test_a_crowd_that_comes_back_at_once_is_all_there(running: RunningStack) -> 
     for client in clients:
         client.close()
     eventually(all_are(False), "all gone", SOON)
-    for device in devices[:: CROWD // 10]:
+    for device in devices[:: many // 10]:
         changes_alternate(running, device)
 
 
