@@ -24,7 +24,7 @@ hypothesis_settings.load_profile("ci")
 
 DATABASES = ("sqlite", "postgresql")
 READING = ("test_follow_events.py",)  # they read all that ever happened
-FILLING = ("test_chaos.py", "test_rebuild.py")  # they leave thousands of commands, which others would look through
+FILLING = ("test_chaos.py", "test_disk_lost.py")  # they leave thousands of commands, which others would look through
 LONG = ("test_sessions.py", "test_revocation.py")  # minutes: begun late, they would be waited for in the end
 
 

@@ -206,6 +206,13 @@ class AgentProcess:
             self.argv(name, *arguments), env=self.environment, input=stdin, capture_output=True, timeout=60, check=False
         )
 
+    def journal(self) -> dict[str, int]:
+        """How many entries of its journal are in each state."""
+        done = self.cli("status", "--json")
+        assert done.returncode == 0, done.stderr
+        counts: dict[str, int] = json.loads(done.stdout)["journal"]
+        return counts
+
     def argv(self, name: str, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "device_agent.cli", name, "--state-dir", str(self.state), *arguments]
 

@@ -25,7 +25,10 @@ COUNT = 20
 WITHIN = 60.0
 
 # What they do is the same on either database.
-pytestmark = pytest.mark.parametrize("killable", ["sqlite"], ids=["own-sqlite"], indirect=True)
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.parametrize("killable", ["sqlite"], ids=["own-sqlite"], indirect=True),
+]
 
 _prefixes = (f"crowd{number}" for number in itertools.count())
 

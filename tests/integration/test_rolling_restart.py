@@ -80,6 +80,7 @@ def callers(edge: Edge, device: str) -> Iterator[list[httpx.Response | BaseExcep
             thread.join()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(480)
 def test_no_request_fails_while_all_are_restarted(stack: RunningStack, home: Path) -> None:
     with ExitStack() as entered:
