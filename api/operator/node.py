@@ -21,7 +21,7 @@ from api.operator.authority import load_certificate
 from api.operator.broker_files import LOOPBACK, Place, Ports, write
 from api.operator.processes import Child, MissingToolError, enclosed, end_marked, marked
 from api.operator.secrets import account_password, private_directory, replace_private
-from api.operator.sockets import answers_http, free_port, is_free, reachable, speaks_amqp
+from api.operator.sockets import answers_http, free_port, is_free, reachable, speaks_amqp, take
 from api.operator.userland import MINIMUM, Binaries
 from topology.access import ACCOUNTS, ADMIN
 
@@ -266,7 +266,7 @@ class BrokerNode:
                         " end what listens there or choose another port."
                     )
                 port = wanted
-            elif before and before not in used and is_free(host, before):
+            elif before and before not in used and take(host, before):
                 port = before
             else:
                 port = free_port(host, besides=used)

@@ -10,6 +10,7 @@ from base64 import b64encode
 
 # Below the range the kernel gives to outgoing connections (from 32768 on): a port that was free stays free.
 _RANGE = range(20_000, 32_000)
+_claims: dict[int, socket.socket] = {}  # by port
 _PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"  # AMQP 0-9-1, specification section 4.2.2
 _METHOD_FRAME = 1
 _CONNECTION_START = (10, 10)  # class and method of the broker's first frame
@@ -29,16 +30,34 @@ def is_free(host: str, port: int) -> bool:
 
 
 def free_port(host: str, *, besides: set[int]) -> int:
-    """A port that is free on `host` and on loopback.
+    """A port that is free on `host` and on loopback, and not given to anybody else as long as this process runs.
 
     Raises:
         OSError: none was found in a thousand tries.
     """
     for _ in range(1000):
         port = random.choice(_RANGE)  # noqa: S311 - not a secret
-        if port not in besides and is_free(host, port) and is_free("127.0.0.1", port):
+        if port not in besides and port not in _claims and is_free("127.0.0.1", port) and take(host, port):
             return port
     raise OSError("no free port")
+
+
+def take(host: str, port: int) -> bool:
+    """Whether a server could listen there now and, if so, keep the port from those who choose one as we do, until this
+    process ends: a server begins to listen seconds after its port was chosen, and is away for a while when it crashes.
+    """
+    if not is_free(host, port):
+        return False
+    if port not in _claims:
+        # An abstract name goes with the process that has it, and is of the same network namespace as the port.
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0restante-port-{port}")
+        except OSError:
+            claim.close()
+            return False
+        _claims[port] = claim
+    return True
 
 
 def reachable(host: str) -> str:

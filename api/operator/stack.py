@@ -24,7 +24,7 @@ from api.operator.processes import Child
 from api.operator.running import PLACES
 from api.operator.secrets import private_directory, replace_private
 from api.operator.setup import LOCAL_NAMES, Files
-from api.operator.sockets import free_port, is_free
+from api.operator.sockets import free_port, is_free, take
 from api.operator.userland import Binaries, find_binaries
 from api.settings import PREFIX, Settings, as_environment
 from topology import names
@@ -220,7 +220,7 @@ class Stack:
                 chosen[name] = configured
                 continue
             last = remembered.get(name)
-            chosen[name] = last if last and is_free(host, last) else free_port(host, besides=set(chosen.values()))
+            chosen[name] = last if last and take(host, last) else free_port(host, besides=set(chosen.values()))
         replace_private(path, json.dumps(chosen).encode())
         return chosen
 
