@@ -41,14 +41,15 @@ demo: $(SERVER)  ## set everything up, run the main job, say what happened, clea
 up: $(SERVER)  ## the full stack in the foreground; state in .local/
 	@.venv/bin/restante up
 
-# Python's own files are compiled once, not by each of the hundreds of processes that the tests start.
-JOBS ?= $(shell nproc)
+# Half of what a test does is waiting. Python's own files are compiled once, not by each of the hundreds of processes that
+# the tests start.
+JOBS ?= $(shell expr 2 \* $$(nproc))
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -n $(JOBS) --no-loadscope-reorder
 
-test: $(DEV)  ## the tests, on a private broker and private databases; all but those of `make soak`. JOBS=4: so many at once
+test: $(DEV)  ## the tests, on a private broker and private databases; all but those of `make soak`. JOBS=2: so many at once
 	@$(PYTEST) -m "not soak"
 
-soak: $(DEV)  ## everything killed, again and again, under thousands of commands; disks lost and backups restored (5 minutes)
+soak: $(DEV)  ## the tests that take longest: everything killed, again and again, disks lost, hundreds of devices at once (6 minutes)
 	@$(PYTEST) -m soak
 
 compose-test: $(DEV)  ## compose.yaml on a real container engine: up from nothing, scaled, killed, down (8 minutes)
