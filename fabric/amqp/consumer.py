@@ -49,6 +49,7 @@ class Consumer:
         prefetch: int = 100,
         on_start: OnStart | None = None,
         set_up: SetUp | None = None,
+        settles: bool = True,
     ) -> None:
         """Describe a consumer.
 
@@ -59,6 +60,8 @@ class Consumer:
             prefetch: messages in hand at most, and so handlers at once.
             on_start: gets the depth found at each (re)connect, before the first message is handled.
             set_up: what to do on the new channel instead of asking for the depth: returns the queue and its depth.
+            settles: False for a queue that goes with the connection: to the broker, what it has sent is done. Then
+                `ack` does nothing, what the handler fails on is gone, and there is no prefetch.
         """
         self._link = link
         self._queue = queue
@@ -66,10 +69,11 @@ class Consumer:
         self._prefetch = prefetch
         self._on_start = on_start
         self._set_up = set_up or self._ask_depth
+        self._settles = settles
         self._task: asyncio.Task[None] | None = None
         self._handlers: set[asyncio.Task[None]] = set()
         self._failures = 0
-        self._acks: _Acks | None = None
+        self._acks: _Acks | _NoAcks | None = None
         self.found: int | None = None
         self.consuming = asyncio.Event()
 
@@ -128,7 +132,7 @@ class Consumer:
         channel.closing.add_done_callback(lambda _: lost.set())
         queue, depth = await call(f"asking for the queue '{self._queue}'", self._set_up(channel))
         await call("setting the prefetch", channel.basic_qos(prefetch_count=self._prefetch))
-        acks = self._acks = _Acks(channel)
+        acks = self._acks = _Acks(channel) if self._settles else _NoAcks()
         self.found = depth
         if self._on_start is not None:
             self._on_start(depth)
@@ -136,7 +140,7 @@ class Consumer:
         async def take(delivered: DeliveredMessage) -> None:
             self._take(delivered, acks)
 
-        answer = await call(f"consuming '{self._queue}'", channel.basic_consume(queue, take))
+        answer = await call(f"consuming '{self._queue}'", channel.basic_consume(queue, take, no_ack=not self._settles))
         self.consuming.set()
         try:
             await lost.wait()
@@ -152,7 +156,7 @@ class Consumer:
         answer = await channel.queue_declare(self._queue, passive=True)
         return self._queue, answer.message_count or 0
 
-    def _take(self, delivered: DeliveredMessage, acks: "_Acks") -> None:
+    def _take(self, delivered: DeliveredMessage, acks: "_Acks | _NoAcks") -> None:
         tag = delivered.delivery_tag or 0
         delivery = Delivery(
             message=convert.message(delivered),
@@ -166,7 +170,7 @@ class Consumer:
         self._handlers.add(task)
         task.add_done_callback(self._handlers.discard)
 
-    async def _handle(self, delivery: Delivery, tag: int, acks: "_Acks") -> None:
+    async def _handle(self, delivery: Delivery, tag: int, acks: "_Acks | _NoAcks") -> None:
         try:
             await self._handler(delivery)
         except Exception as error:  # noqa: BLE001 - one message must not stop the others
@@ -246,6 +250,21 @@ class _Acks:
                 await self._channel.basic_ack(tag, wait=False)
 
 
+class _NoAcks:
+    """What `_Acks` is, where nothing is to be settled."""
+
+    settled = 0
+
+    def open(self, _: int) -> Callable[[], Awaitable[None]]:
+        return self.finish
+
+    async def requeue(self, _: int) -> None:
+        pass
+
+    async def finish(self) -> None:
+        pass
+
+
 def wake_consumer(link: Link, handler: Handler) -> Consumer:
     """A consumer of everything published to the exchange `wake` from now on, in a queue of its own.
 
@@ -260,7 +279,7 @@ def wake_consumer(link: Link, handler: Handler) -> Consumer:
         await channel.queue_bind(name, names.WAKE)
         return name, 0
 
-    return Consumer(link, names.WAKE, handler, prefetch=1_000, set_up=declare)
+    return Consumer(link, names.WAKE, handler, set_up=declare, settles=False)
 
 
 def _backoff(failures: int) -> float:

@@ -256,6 +256,28 @@ async def test_a_wake_queue_is_the_gateways_own_and_comes_back(publisher: AmqpPu
     await eventually(lambda: evaluate(broker.node, COUNT_WAKE) == "0")
 
 
+async def test_a_wake_up_that_its_handler_fails_on_is_gone(publisher: AmqpPublisher, broker: Broker) -> None:
+    came: list[bytes] = []
+
+    async def handle(delivery: Delivery) -> None:
+        came.append(delivery.message.body)
+        if delivery.message.body == b"bad":
+            raise ValueError
+        await delivery.ack()
+        await delivery.ack()  # there is nothing to settle, and so nothing to settle twice
+
+    async with broker.link("one", access.GATEWAY) as link:
+        consumer = wake_consumer(link, handle)
+        await consumer.start()
+        await asyncio.wait_for(consumer.consuming.wait(), 5)
+        sent = [b"bad", *(str(number).encode() for number in range(50))]
+        for body in sent:
+            await publisher.send(names.WAKE, "", Message("wake", {}, body, persistent=False))
+        await eventually(lambda: len(came) == len(sent))
+        await consumer.stop()
+    assert came == sent, "each once, in order"
+
+
 COUNT_WAKE = """
     length([found || Q <- rabbit_amqqueue:list(),
                      match =:= re:run(element(4, amqqueue:get_name(Q)), "^wake", [{capture, none}])]).
