@@ -139,8 +139,10 @@ class Database:
                 say(connection, f"PRAGMA synchronous={wanted}")
                 connection.info[_SYNCHRONOUS] = wanted
             say(connection, "BEGIN IMMEDIATE")
-        elif not durable:
-            say(connection, "SET LOCAL synchronous_commit = off")
+        else:
+            _plan_anew(connection)
+            if not durable:
+                say(connection, "SET LOCAL synchronous_commit = off")
 
     async def time_offset(self) -> Micros:
         """The database's clock minus this process's, in microseconds; the quickest of three measurements."""
@@ -189,6 +191,8 @@ class Database:
 
     def _read(self, work: Callable[[sa.Connection], T]) -> T:
         with self._kept.of(self._reading) as connection:
+            if not self.sqlite:
+                _plan_anew(connection)
             return work(connection)
 
     def _retrying(self, attempt: Callable[[], T], refused: Callable[[DBAPIError], Exception] = refused) -> T:
@@ -209,6 +213,17 @@ class Database:
                     raise LedgerUnavailable(f"The database can't be used now: {first_line(error)}") from error
             time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause = min(pause * 2, longest)
+
+
+def _plan_anew(connection: sa.Connection) -> None:
+    """At a connection's first, second, fourth, eighth … use, forget the plans of its prepared statements.
+
+    PostgreSQL keeps a plan until the table is analyzed, a minute later or never; one that was made when it was nearly
+    empty reads all of it, or all of a device's commands.
+    """
+    uses = connection.info[_USES] = connection.info.get(_USES, 0) + 1
+    if uses & (uses - 1) == 0:
+        say(connection, "DISCARD PLANS")
 
 
 class _Lent:
@@ -452,6 +467,7 @@ _SQLITE_BUSY = frozenset(
     }
 )  # fmt: skip
 _SYNCHRONOUS = "synchronous"  # where a SQLite connection's present value is remembered
+_USES = "uses"  # how often a connection to PostgreSQL was used
 _making = threading.Lock()
 CLOCK = sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 
