@@ -43,6 +43,7 @@ def test_the_two_commands_are_those_that_ci_runs() -> None:
     assert "\nmake test\nmake check\nmake soak\n" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.soak  # it needs a stack of its own
 @pytest.mark.timeout(360)
 def test_the_demo_does_what_it_says_and_leaves_nothing(checkout: Path) -> None:
     done = subprocess.run(["make", "demo"], cwd=checkout, capture_output=True, timeout=170, check=False)
@@ -52,6 +53,7 @@ def test_the_demo_does_what_it_says_and_leaves_nothing(checkout: Path) -> None:
     assert not (checkout / ".local").exists()
 
 
+@pytest.mark.soak  # it needs a stack of its own
 @pytest.mark.timeout(360)
 def test_the_shortest_real_example_works(checkout: Path) -> None:
     start, device, command = BLOCKS[2:5]

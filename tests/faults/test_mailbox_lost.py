@@ -33,6 +33,7 @@ def test_a_shortfall_after_a_broker_restart_is_published_again(own_stack: Runnin
         assert sorted(agent.record()) == ["0", "1", "2"]
 
 
+@pytest.mark.soak  # it needs a stack of its own
 @pytest.mark.timeout(240)
 def test_streams_that_the_broker_lost_silence_nobody(tmp_path: Path) -> None:
     """A broker that is killed just after the first start of the stack forgets its streams, and closes every

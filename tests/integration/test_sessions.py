@@ -36,7 +36,7 @@ while True:
 """
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.soak)])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
     """A stack whose limits are the defaults where takeovers are concerned."""
     url = "" if request.param == "sqlite" else request.getfixturevalue("postgres").new_database()
