@@ -294,7 +294,7 @@ class Mailbox:
         outcome = self._outcome(command, done.status, done.reason, done.body, done.content_type)
         log.info("command.ended", command=command, name=held.command.name, status=done.status, reason=done.reason)
         self._reporter.early(outcome)
-        # Two turns of the loop: in the first one the socket is written, and no confirm can come before the second.
+        # Two turns of the loop: in the first one the socket is written.
         self._link.soon(self._link.soon, self._keep, outcome)
 
     def _keep(self, outcome: wire.Outcome) -> None:

@@ -31,6 +31,7 @@ class Reporter:
         self._journal = journal
         self._device = device
         self._in_flight: set[names.CommandId] = set()
+        self._early: dict[names.CommandId, bool] = {}  # said and not yet in the journal: is it confirmed?
         self._backlog = True  # the journal may hold outcomes that are not in flight
         self._passing: deque[wire.Outcome] = deque()
         self._nacks = 0
@@ -50,16 +51,20 @@ class Reporter:
 
     def early(self, outcome: wire.Outcome) -> None:
         """Send an outcome that is about to be in the journal, if that is possible now; `kept` must follow."""
-        if self._passes():
-            self._publish(outcome, journaled=True)
+        if self._passes() and self._publish(outcome, journaled=True):
+            self._early[outcome.command] = False
 
     def unkept(self, outcome: wire.Outcome) -> None:
         """Instead of `kept`, when the journal could not take it: it is sent from memory, if it was not yet."""
-        if outcome.command not in self._in_flight:
+        confirmed = self._early.pop(outcome.command, False)
+        if not confirmed and outcome.command not in self._in_flight:
             self.passing(outcome)
 
     def kept(self, word: Word) -> None:
-        """Send what is in the journal, unless it is on its way."""
+        """Send what is in the journal, unless it is on its way, or there."""
+        if self._early.pop(word.command, False):
+            self._confirmed(word.command)
+            return
         if word.command in self._in_flight:
             return
         if not self._passes():
@@ -147,15 +152,21 @@ class Reporter:
         self._in_flight.discard(command)
         if confirmed:
             self._nacks = 0
-            self._journal.reported(command)
-            if not self._flush_pending:
-                self._flush_pending = True
-                self._link.later(FLUSH_AFTER, self._flush)
+            if command in self._early:
+                self._early[command] = True
+            else:
+                self._confirmed(command)
             if self._backlog:
                 self.pump()
         else:
             self._backlog = True
             self._retry()
+
+    def _confirmed(self, command: names.CommandId) -> None:
+        self._journal.reported(command)
+        if not self._flush_pending:
+            self._flush_pending = True
+            self._link.later(FLUSH_AFTER, self._flush)
 
     def _retry(self) -> None:
         """After a nack or without room: later, with back-off. Without a connection `link_up` is what comes next."""

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from fabric.command import ANSWERED, SETTLED, Command, Entry, Outcome, State
 from fabric.model import Device, DeviceKey, DomainEvent, IssuedToken, LogRow, TimelineRow
 from fabric.sql import schema
+from fabric.text import clean
 from topology.names import CommandId, DeviceId
 
 Row = dict[str, Any]
@@ -208,9 +209,9 @@ _SUSPECT = re.compile(r"\\u(?:0000|d[89a-f])")
 def _clean(value: object) -> object:
     match value:
         case str():
-            return schema.clean(value)
+            return clean(value)
         case Mapping():
-            return {schema.clean(str(name)): _clean(member) for name, member in value.items()}
+            return {clean(str(name)): _clean(member) for name, member in value.items()}
         case list() | tuple():
             return [_clean(member) for member in value]
         case _:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fabric import command as life
 from fabric.model import AFTER_REVOCATION, Change, Changed, Dropped
 from fabric.ports import Delivery, Ledger, Publisher
+from fabric.text import clean
 from fabric.uplink import Inbox, said_at
 from fabric.waiting import announce
 from topology import guard, names, wire
@@ -89,13 +90,18 @@ class Reports:
             receipt = await self._inbox.read(delivery, wire.decode_receipt)
             if receipt is None:
                 return None
-            receipted = life.Receipted(receipt.agent, receipt.state == "running", receipt.progress)
+            progress = receipt.progress and clean(receipt.progress)
+            receipted = life.Receipted(receipt.agent, receipt.state == "running", progress)
             return Change(receipt.command, receipted, letter.device, said_at(delivery.message))
         outcome = await self._inbox.read(delivery, wire.decode_outcome)
         if outcome is None:
             return None
         answered = life.Answered(
-            outcome.agent, _STATUS[outcome.status], outcome.reason, outcome.content_type, outcome.body
+            outcome.agent,
+            _STATUS[outcome.status],
+            outcome.reason and clean(outcome.reason),
+            outcome.content_type,
+            outcome.body,
         )
         return Change(outcome.command, answered, letter.device, said_at(delivery.message))
 

@@ -113,10 +113,12 @@ def test_a_reset_is_told(stack: RunningStack) -> None:
 
 def test_no_text_of_a_device_breaks_out_of_its_event(stack: RunningStack, agent: AgentProcess) -> None:
     evil = "\r\n\nid: 1\r\nevent: x\ndata: {}\n\n\u2028\u2029\x85\x00\x1b[2J\U0001f600"
-    with following(stack, device=agent.id) as events:
+    with following(stack, device=agent.id, kind="command.*") as events:
         done = stack.send(agent.id, "fail", {"text": evil}, wait=20)
         assert done["state"] == "failed"
         assert "event: x" in done["reason"]
+        # Who waits is told what is stored, and the same outcome again would be no other one.
+        assert done["reason"] == stack.command(done["id"])["reason"]
         told = events.until(of(done["id"], "command.failed"))
     assert told[-1]["command"] == stack.command(done["id"])
     assert {event["command"]["id"] for event in told} == {done["id"]}

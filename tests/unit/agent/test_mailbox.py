@@ -37,6 +37,7 @@ class Recorder:
         self.published: list[tuple[str, wire.Message, Callable[[bool], None] | None]] = []
         self.timers: list[tuple[float, Callable[..., None], tuple[object, ...]]] = []
         self.ended: Callable[[Done], None] | None = None
+        self.answer: bool | None = None  # of the broker to what was said last, before anything else happens
 
     def ack(self, mail: Mail) -> None:
         self.events.append(("ack", mail.tag))
@@ -60,7 +61,13 @@ class Recorder:
     def call(self, function: Callable[..., None], *arguments: object) -> None:
         function(*arguments)
 
-    soon = call
+    def soon(self, function: Callable[..., None], *arguments: object) -> None:
+        answer, self.answer = self.answer, None
+        if answer is not None:
+            _, _, done = self.published[-1]
+            assert done is not None
+            done(answer)
+        function(*arguments)
 
     def later(self, delay: float, function: Callable[..., None], *arguments: object) -> Any:
         self.timers.append((delay, function, arguments))
@@ -414,6 +421,19 @@ def test_an_outcome_is_sent_until_it_is_confirmed(world: World) -> None:
     assert world.reporter.idle
     world.kept.flush()
     assert world.kept.counts()["reported"] == 1
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_what_was_answered_before_it_was_kept_is_said_again_only_if_refused(world: World, confirmed: bool) -> None:
+    world.take(command())
+    assert world.link.ended is not None
+    world.link.answer = confirmed
+    world.link.ended(handlers.succeeded("closed"))
+    world.link.fire()
+    assert len(world.link.outcomes()) == (1 if confirmed else 2)
+    world.link.fire()
+    assert [word.command for word in world.kept.unreported(10)] == ([] if confirmed else [command().id])
+    assert world.reporter.idle is confirmed
 
 
 def test_more_outcomes_than_the_window_all_go_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
