@@ -206,10 +206,10 @@ def test_a_flapping_device_is_seen_as_it_is_left(running: RunningStack) -> None:
 @pytest.mark.parametrize(("many", "soon"), [(60, SOON), pytest.param(500, 20.0, marks=pytest.mark.soak)])
 def test_a_crowd_that_comes_back_at_once_is_all_there(running: RunningStack, many: int, soon: float) -> None:
     peering = Device.enrolled(running, "guide").peering
-    devices = crowd.register(running, "crowd", many, peering)
+    devices = crowd.register(running, f"crowd{many}", many, peering)
 
     def all_are(wanted: bool) -> Any:
-        return lambda: set(crowd.connected(running, "crowd-").values()) == {wanted}
+        return lambda: set(crowd.connected(running, f"crowd{many}-").values()) == {wanted}
 
     clients = crowd.at_once(Device.raw, devices)
     eventually(all_are(True), "all connected", soon)
